@@ -1,0 +1,1 @@
+"""Where it plays: a pure rollout, and its thin Ray shell."""

@@ -1,0 +1,1 @@
+"""Who decides: the LSTM Controller, and policies that are not learned."""

@@ -1,0 +1,1 @@
+"""What is decided: the Recognizer as a Gymnasium environment."""

@@ -1,0 +1,1 @@
+"""How it improves: R2D2 losses, sequences, replay in Redis, the learner."""

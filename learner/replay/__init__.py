@@ -1,0 +1,1 @@
+"""What outlives a process, in Redis: the prioritized replay, the episode ledger, the published weights."""
