@@ -1,0 +1,387 @@
+"""The campaign folder: the name of every file in it, and how they are written so that a crash hurts none.
+
+Called by everything in `deploy/`. The names are the contract of design.md ("deploy/: contracts that scripts
+rely on"). Whole files are replaced atomically; `episodes.jsonl` only grows, and its commit mark is the
+newline: a last line without one is what a crash left and counts as not written.
+"""
+
+import contextlib
+import errno
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import secrets
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from env.errors import UserError
+
+__all__ = ["CampaignFolder", "read_json", "versions", "write_atomic", "write_json"]
+
+_TMP_SUFFIX = ".zeroout-tmp"
+# What the user can mend, in words; any other failure of the operating system is ours and passes through.
+_DISK_TROUBLE = {
+    errno.ENOSPC: "a full disk",
+    errno.EDQUOT: "a used-up disk quota",
+    errno.EROFS: "a read-only file system",
+    errno.EACCES: "no permission to write",
+    errno.EPERM: "no permission to write",
+}
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace `path` by `data` (text as UTF-8): it holds all of it or is as it was, also after a crash.
+
+    Raises UserError when the disk is full or not writable; the old file is then untouched.
+    """
+    payload = data.encode() if isinstance(data, str) else data
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{_TMP_SUFFIX}")
+    try:
+        with _disk_trouble_named(path):
+            with temporary.open("wb", buffering=0) as file:
+                _write_durably(file, payload)
+            os.replace(temporary, path)
+            _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as indented JSON, atomically; NaN and infinities become null (JSON lacks them)."""
+    write_atomic(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Return the value in `path`; UserError naming the file when it is missing or not JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            str(path), expected="a JSON file", got="no file", remedy="check the path of the campaign folder"
+        ) from None
+    except ValueError as error:
+        raise UserError(
+            str(path),
+            expected="valid JSON",
+            got=str(error),
+            remedy="restore the file, or move it away and resume: the stage that makes it runs again",
+        ) from error
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions a campaign ran with; None for what is not installed or not known."""
+    return {
+        "zeroout": _version_of("zeroout") or _version_of_checkout(),
+        "python": platform.python_version(),
+        "torch": _version_of("torch"),
+        "ray": _version_of("ray"),
+        "redis-py": _version_of("redis"),
+        "gymnasium": _version_of("gymnasium"),
+        "platform": platform.platform(),
+        "commit": _git_commit(),
+    }
+
+
+@dataclass(frozen=True)
+class CampaignFolder:
+    """A campaign's folder by its path; making this object touches no disk, `open` and `create` check it."""
+
+    path: Path
+
+    @classmethod
+    def open(cls, path: Path | str) -> Self:
+        """Return the existing campaign at `path`; UserError when there is none."""
+        folder = cls(Path(path))
+        if not folder.campaign_toml.is_file():
+            raise UserError(
+                str(path),
+                expected="a campaign folder (it holds a campaign.toml)",
+                got="a folder without one" if folder.path.is_dir() else "no such folder",
+                remedy="give the DIR of `zeroout run --out DIR`",
+            )
+        return folder
+
+    @classmethod
+    def create(cls, path: Path | str, campaign_toml: str) -> Self:
+        """Start the campaign described by the resolved TOML text, or find the very same one to resume.
+
+        Raises UserError, with nothing touched, when the folder holds another campaign or foreign files.
+        """
+        folder = cls(Path(path))
+        if folder.path.exists() and not folder.path.is_dir():
+            raise UserError(str(path), expected="a folder", got="a file", remedy="give another --out")
+        if folder.campaign_toml.is_file():
+            folder._check_same_campaign(campaign_toml)
+            return folder
+        folder._check_no_foreign_files()
+        with _disk_trouble_named(folder.path):
+            folder.path.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder.campaign_toml, campaign_toml)
+        return folder
+
+    @property
+    def campaign_toml(self) -> Path:
+        """The resolved configuration; a folder is a campaign when this is there."""
+        return self.path / "campaign.toml"
+
+    @property
+    def versions_json(self) -> Path:
+        """What `versions()` returned when the campaign was started."""
+        return self.path / "versions.json"
+
+    @property
+    def baseline(self) -> Path:
+        """The folder of the prepared Recognizer."""
+        return self.path / "baseline"
+
+    @property
+    def episodes_jsonl(self) -> Path:
+        """One episode record a line."""
+        return self.path / "episodes.jsonl"
+
+    @property
+    def frontier_json(self) -> Path:
+        """The best mask for each target compression."""
+        return self.path / "frontier.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the learner's checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def result_json(self) -> Path:
+        """The numbers of the finished campaign."""
+        return self.path / "result.json"
+
+    @property
+    def report_html(self) -> Path:
+        """The report, one self-contained file."""
+        return self.path / "report.html"
+
+    @property
+    def frontier_png(self) -> Path:
+        """Accuracy against compression, as a picture."""
+        return self.path / "frontier.png"
+
+    @property
+    def export(self) -> Path:
+        """The folder of the networks to take away."""
+        return self.path / "export"
+
+    @property
+    def redis(self) -> Path:
+        """The folder of the embedded server's data."""
+        return self.path / "redis"
+
+    @property
+    def recovered(self) -> Path:
+        """The folder of the networks retrained after the search."""
+        return self.path / "recovered"
+
+    def append_episode(self, records: list[dict[str, Any]]) -> None:
+        """Add finished episodes durably (each needs an int `id`); a torn last line is cut off first.
+
+        Raises UserError on a full disk; the file then ends where it ended before. One writer at a time.
+        """
+        lines = "".join(_line(record) for record in records).encode()
+        if not lines:
+            return
+        with _disk_trouble_named(self.episodes_jsonl):
+            is_new = not self.episodes_jsonl.exists()
+            with self.episodes_jsonl.open("ab+", buffering=0) as file:
+                end = _committed_end(file)
+                file.truncate(end)
+                try:
+                    _write_durably(file, lines)
+                except OSError:
+                    # Half-written lines must not stay: the caller will append the same records again.
+                    file.truncate(end)
+                    raise
+            if is_new:
+                _sync_folder(self.path)
+
+    def read_episodes(self) -> list[dict[str, Any]]:
+        """Return all episode records in the order written, the first of each id; a torn last line is ignored.
+
+        Raises UserError naming the line when a line that was completed is not an episode record.
+        """
+        try:
+            data = self.episodes_jsonl.read_bytes()
+        except FileNotFoundError:
+            return []
+        lines = data.split(b"\n")[:-1]  # behind the last newline stands nothing, or a torn line
+        unique: dict[int, dict[str, Any]] = {}
+        for number, line in enumerate(lines, start=1):
+            record = self._parse(line, number)
+            unique.setdefault(record["id"], record)
+        return list(unique.values())
+
+    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise self._bad_line(number, str(error)) from error
+        if not isinstance(record, dict) or not isinstance(record.get("id"), int):
+            raise self._bad_line(number, "a value without an integer id")
+        return record
+
+    def _bad_line(self, number: int, got: str) -> UserError:
+        return UserError(
+            f"{self.episodes_jsonl}, line {number}",
+            expected="an episode record in JSON",
+            got=got,
+            remedy="remove that line: its episode counts as not played",
+        )
+
+    def _check_same_campaign(self, campaign_toml: str) -> None:
+        try:
+            there = tomllib.loads(self.campaign_toml.read_text())
+        except ValueError as error:
+            raise UserError(
+                str(self.campaign_toml), expected="valid TOML", got=str(error), remedy="give another --out"
+            ) from error
+        difference = _first_difference(tomllib.loads(campaign_toml), there)
+        if difference is not None:
+            key, asked, found = difference
+            raise UserError(
+                f"{self.path} holds another campaign; {key}",
+                expected=f"{asked} (as asked now)",
+                got=f"{found} (in its campaign.toml)",
+                remedy=f"give another --out, or continue that one: zeroout resume {self.path}",
+            )
+
+    def _check_no_foreign_files(self) -> None:
+        if not self.path.exists():
+            return
+        # A crash between our temporary file and its rename leaves only the former: still an empty folder.
+        foreign = sorted(entry.name for entry in self.path.iterdir() if not entry.name.endswith(_TMP_SUFFIX))
+        if foreign:
+            raise UserError(
+                str(self.path),
+                expected="a new or empty folder, or a campaign's",
+                got=f"a folder with {foreign[0]!r} and no campaign.toml",
+                remedy="give another --out",
+            )
+
+
+@contextlib.contextmanager
+def _disk_trouble_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        trouble = _DISK_TROUBLE.get(error.errno or 0)
+        if trouble is None:
+            raise
+        raise UserError(
+            f"writing {path}",
+            expected="a disk that takes it",
+            got=trouble,
+            remedy="make room (or allow writing) and resume: nothing saved before is lost",
+        ) from error
+
+
+def _write_durably(file: io.FileIO, data: bytes) -> None:
+    """Write all of `data` to an unbuffered file (what failed is not retried by close) and await the disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Make a rename in `path` durable: the name lives in the folder, not in the file."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _committed_end(file: io.FileIO, block_bytes: int = 1 << 16) -> int:
+    """Return the position just after the last newline (0 without one), searched from the end."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - block_bytes)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end = start
+    return 0
+
+
+def _line(record: dict[str, Any]) -> str:
+    if not isinstance(record.get("id"), int):
+        raise ValueError(f"an episode record needs an int id, got {record.get('id')!r}")
+    return json.dumps(_finite(record), separators=(",", ":"), allow_nan=False) + "\n"
+
+
+def _finite(value: object) -> object:
+    """Copy a JSON value with null for every float that is not finite (a collapsed network's loss)."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def _first_difference(asked: dict[str, Any], found: dict[str, Any]) -> tuple[str, str, str] | None:
+    """Return (key, asked, found) of the first key that differs, in the order asked, or None."""
+    left, right = dict(_flat(asked)), dict(_flat(found))
+    for key in [*left, *(key for key in right if key not in left)]:
+        sides = [repr(side[key]) if key in side else "nothing" for side in (left, right)]
+        if sides[0] != sides[1]:
+            return key, sides[0], sides[1]
+    return None
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _version_of(distribution: str) -> str | None:
+    # From the metadata: importing torch and ray for a number would cost seconds.
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _version_of_checkout() -> str | None:
+    """Return the version in pyproject.toml: `ray job submit --working-dir .` runs a checkout, uninstalled."""
+    try:
+        project = tomllib.loads((_root() / "pyproject.toml").read_text())["project"]
+    except (OSError, KeyError, ValueError):
+        return None
+    return str(project.get("version")) if project.get("name") == "zeroout" else None
+
+
+def _git_commit() -> str | None:
+    if not (_root() / ".git").exists():
+        return None  # an installed copy inside somebody else's repository must not report that one's commit
+    try:
+        answer = subprocess.run(
+            ["git", "-C", str(_root()), "rev-parse", "HEAD"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.stdout.strip() or None
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parent.parent

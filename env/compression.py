@@ -1,0 +1,286 @@
+"""`Compression-v0`: compressing a Recognizer as a Gymnasium environment.
+
+Observation: accuracy, compression, keep_mask (and, on request, the filters' log scores). Action: the bits to zero.
+After each action the compact network is retrained for a few minibatches and measured on the validation split
+(the source's method 2). Called by actors/rollout.py.
+
+Common random numbers: the minibatches and the augmentation of step t depend on the campaign's seed and t alone, so
+two episodes differ by their masks and by nothing else.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor
+
+from env.errors import UserError
+from env.importance import FEATURES
+from env.recognizer import Body, Recognizer, Retraining
+from env.seeds import derive_seed
+from env.training import Metrics
+
+__all__ = ["CompressionEnv", "EpisodeConfig", "TargetReached", "unreachable"]
+
+_REWARDS = ("terminal", "accuracy", "difference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeConfig:
+    """One episode: from the full network to the highest target."""
+
+    targets: tuple[float, ...] = (0.9,)  # shares of the parameters to remove, rising
+    waypoints: int = 16  # equal shares of the parameters up to the last target, one a step
+    min_width: int = 2  # filters that every layer keeps
+    reward: str = "terminal"  # "terminal" | "accuracy" (the source's) | "difference"
+    batch_size: int = 64
+    step_minibatches: int = 4  # retraining inside a step
+    step_learning_rate: float = 0.02
+    recovery_minibatches: int = 40  # the short recovery that the terminal reward is measured after
+    recovery_learning_rate: float = 0.04
+    step_images: int = 500  # validation images behind a step's accuracy; rewards use all of them
+    score_images: int = 256  # training images behind the Taylor score
+    max_steps: int = 64  # then the episode is truncated; a ladder of waypoints never needs them
+
+    def __post_init__(self) -> None:
+        """Check every value.
+
+        Raises:
+            UserError: names the key, the value and what it should be.
+
+        """
+        ordered = tuple(sorted(set(self.targets)))
+        if not self.targets or ordered != tuple(self.targets):
+            raise UserError(
+                "episode.targets",
+                expected="one or more rising targets",
+                got=repr(list(self.targets)),
+                remedy="give e.g. [0.9] or [0.8, 0.9]",
+            )
+        for target in self.targets:
+            if not 0.0 < target < 1.0:
+                raise UserError(
+                    "episode.targets",
+                    expected="shares of the parameters inside (0, 1)",
+                    got=repr(target),
+                    remedy="0.9 removes 90 % of the parameters",
+                )
+        if self.reward not in _REWARDS:
+            raise UserError(
+                "episode.reward", expected=" | ".join(_REWARDS), got=repr(self.reward), remedy="choose one of them"
+            )
+        least = {"waypoints": 1, "min_width": 1, "batch_size": 2, "step_minibatches": 0, "recovery_minibatches": 0}
+        for name, floor in {**least, "step_images": 1, "score_images": 1, "max_steps": 1}.items():
+            if getattr(self, name) < floor:
+                raise UserError(
+                    f"episode.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"
+                )
+
+    @property
+    def step_retraining(self) -> Retraining:
+        """The retraining inside a step."""
+        return Retraining(
+            minibatches=self.step_minibatches, batch_size=self.batch_size, learning_rate=self.step_learning_rate
+        )
+
+    @property
+    def short_recovery(self) -> Retraining:
+        """The retraining that comes before a target's reward is measured."""
+        return Retraining(
+            minibatches=self.recovery_minibatches,
+            batch_size=self.batch_size,
+            learning_rate=self.recovery_learning_rate,
+            decay=True,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetReached:
+    """What an episode delivers at a target: the network after the short recovery, measured on all of validation."""
+
+    target: float
+    compression: float
+    parameters: int
+    macs: int
+    metrics: Metrics
+    body: Body
+
+
+@dataclass
+class _Clock:
+    """Seconds by phase of the current step."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _since: float = 0.0
+
+    def start(self) -> None:
+        self.seconds, self._since = {}, time.perf_counter()
+
+    def phase(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
+    """A Recognizer whose filters are zeroed by actions.
+
+    Observation space: Dict(accuracy float32 [1] in [0, 1], compression float32 [1] in [-1, 1] (added skip
+    convolutions count against it), keep_mask int8 [F]; with `features`, also features float32 [F, 3], see
+    `env.importance.FEATURES`). Action space: MultiBinary(F), the bits to zero; bits already zero are ignored, and
+    where an action would leave a layer under `min_width`, its last filters stay (`info["refused"]`).
+
+    Args:
+        recognizer: the baseline, its plan and its images.
+        config: the episode.
+        features: whether observations carry the filters' log scores.
+        seed: the campaign's seed, from which the minibatches of every step follow.
+
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 - Gymnasium's own class attribute
+
+    def __init__(
+        self,
+        recognizer: Recognizer,
+        config: EpisodeConfig | None = None,
+        *,
+        features: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.recognizer, self.config = recognizer, config or EpisodeConfig()
+        self.plan, self.features, self.seed = recognizer.plan, features, seed
+        units = self.plan.units
+        parts: dict[str, spaces.Space[Any]] = {
+            "accuracy": spaces.Box(0.0, 1.0, (1,), np.float32),
+            "compression": spaces.Box(-1.0, 1.0, (1,), np.float32),
+            "keep_mask": spaces.MultiBinary(units),
+        }
+        if features:
+            parts["features"] = spaces.Box(-np.inf, np.inf, (units, len(FEATURES)), np.float32)
+        self.observation_space = spaces.Dict(parts)
+        self.action_space = spaces.MultiBinary(units)
+        problem = unreachable(recognizer, self.config)
+        if problem is not None:
+            raise problem
+        everything = recognizer.dataset.validation
+        few = min(self.config.step_images, len(everything))
+        chosen = torch.randperm(
+            len(everything), generator=torch.Generator().manual_seed(derive_seed(seed, "step-validation"))
+        )[:few].to(recognizer.device)
+        self._step_split = type(everything)(everything.images[chosen], everything.labels[chosen])
+        self._baseline = recognizer.evaluate(recognizer.full(), everything)
+        self._start: tuple[float, Tensor] | None = None
+        self._clock = _Clock()
+
+    @property
+    def baseline(self) -> Metrics:
+        """The uncompressed network on the whole validation split."""
+        return self._baseline
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Begin again with the full network."""
+        super().reset(seed=seed)
+        self._body, self._step = self.recognizer.full(), 0
+        if self._start is None:
+            accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy
+            self._start = accuracy, self._scores()
+        self._accuracy, self._filter_scores = self._start
+        return self._observation(), {"step": 0, "reached": []}
+
+    def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
+        """Zero the filters of `action` (int [F]), retrain, measure."""
+        self._clock.start()
+        keep_mask, refused = self._allowed(torch.as_tensor(action).bool())
+        before, accuracy_before = self.recognizer.compression(self._body.keep_mask), self._accuracy
+        self._body = self.recognizer.zero(self._body, keep_mask)
+        self._clock.phase("compact")
+        retraining, step_seed = self.config.step_retraining, derive_seed(self.seed, "retrain", self._step)
+        self.recognizer.retrain(self._body, retraining, seed=step_seed)
+        self._clock.phase("retrain")
+        self._accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy
+        after = self.recognizer.compression(keep_mask)
+        self._clock.phase("evaluate")
+        reached = [self._reach(target) for target in self.config.targets if before < target <= after]
+        self._clock.phase("recover")
+        self._step += 1
+        terminated = after >= self.config.targets[-1]
+        truncated = not terminated and self._step >= self.config.max_steps
+        if not terminated:
+            self._filter_scores = self._scores()
+            self._clock.phase("score")
+        reward = self._reward(reached, accuracy_before, terminated)
+        info = {"step": self._step, "refused": refused, "reached": reached, "seconds": self._clock.seconds}
+        return self._observation(), reward, terminated, truncated, info
+
+    def _allowed(self, action: Tensor) -> tuple[Tensor, int]:
+        """The mask after `action` with at least `min_width` filters in every layer, and how many were refused."""
+        alive = self._body.keep_mask
+        asked = alive & action
+        kept = self.plan.kept_per_layer(alive & ~action)
+        short = (torch.minimum(self.plan.widths, torch.tensor(self.config.min_width)) - kept).clamp(min=0)
+        for layer in short.nonzero().flatten().tolist():
+            mine = (asked & (self.plan.layer_of == layer)).nonzero().flatten()
+            asked[mine[-int(short[layer]) :]] = False
+        return alive & ~asked, int(short.sum())
+
+    def _reach(self, target: float) -> TargetReached:
+        """Recover a copy of the present network for a little and measure it on all of validation."""
+        body = self.recognizer.recovered(
+            self._body, self.config.short_recovery, seed=derive_seed(self.seed, "recovery", str(target))
+        )
+        kept = self.plan.kept_per_layer(body.keep_mask)
+        return TargetReached(
+            target=target,
+            compression=self.recognizer.compression(body.keep_mask),
+            parameters=int(self.plan.parameters(kept)),
+            macs=int(self.plan.macs(kept)),
+            metrics=self.recognizer.evaluate(body, self.recognizer.dataset.validation),
+            body=body,
+        )
+
+    def _reward(self, reached: list[TargetReached], accuracy_before: float, terminated: bool) -> float:
+        if self.config.reward == "difference":
+            return self._accuracy - accuracy_before
+        if self.config.reward == "accuracy":
+            return reached[-1].metrics.accuracy if terminated else 0.0
+        lost = sum(point.metrics.cross_entropy - self._baseline.cross_entropy for point in reached)
+        return -lost / len(self.config.targets)
+
+    def _scores(self) -> Tensor:
+        """The log scores of the filters, where the observation carries them."""
+        if not self.features:
+            return torch.zeros(0)
+        config = self.config
+        return self.recognizer.log_scores(
+            self._body, images=config.score_images, batch_size=config.batch_size, seed=self.seed
+        )
+
+    def _observation(self) -> dict[str, Any]:
+        observation = {
+            "accuracy": np.array([self._accuracy], np.float32),
+            "compression": np.array([self.recognizer.compression(self._body.keep_mask)], np.float32),
+            "keep_mask": self._body.keep_mask.numpy().astype(np.int8),
+        }
+        return observation | ({"features": self._filter_scores.numpy()} if self.features else {})
+
+
+def unreachable(recognizer: Recognizer, config: EpisodeConfig) -> UserError | None:
+    """The error to raise when the highest target asks for more than `min_width` lets go, else None."""
+    plan = recognizer.plan
+    least = torch.minimum(plan.widths, torch.tensor(config.min_width))
+    most = 1.0 - int(plan.parameters(least)) / recognizer.given_parameters
+    if config.targets[-1] <= most:
+        return None
+    return UserError(
+        "episode.targets",
+        expected=f"at most {most:.4f}, which is what min_width = {config.min_width} leaves to remove",
+        got=repr(config.targets[-1]),
+        remedy="lower the target or episode.min_width",
+    )

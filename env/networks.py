@@ -1,0 +1,326 @@
+"""The networks that come with Zeroout, and the way to a user's own.
+
+VGG16 and ResNet18 in their CIFAR form are the networks of the source's tables; `small` is for the embedded
+8x8 digits. Called by `deploy/campaign.py` (to prepare the Recognizer) and by tests and benchmarks.
+
+A compacted network reuses these very classes with fewer channels, so no `forward` here names a channel
+count, and no activation works in place: a ZeroOut layer or a hook may stand after any module.
+"""
+
+import importlib
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from env.data import check_fields
+from env.errors import UserError
+from env.skips import add_skip_convolutions
+
+__all__ = [
+    "NetworkConfig",
+    "ResNet",
+    "ResidualBlock",
+    "SequentialNetwork",
+    "build_network",
+    "load_weights",
+    "read_weights",
+    "resnet18",
+    "small",
+    "vgg16",
+]
+
+_POOL = 0  # stands for a max-pool in the plans below
+_VGG16 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512, _POOL, 512, 512, 512, _POOL)
+# 204,618 parameters for digits at width 1: the task needs a few thousand, so most filters can go.
+_SMALL = (32, 32, _POOL, 64, 64, _POOL, 96, 96)
+_RESNET_STAGES = (64, 128, 256, 512)
+
+
+class SequentialNetwork(nn.Module):
+    """Convolutions with batch-norm, global average pooling, one linear layer.
+
+    Input float [B, channels, H, W] of any H, W >= 1; output logits float [B, classes].
+    """
+
+    def __init__(self, plan: Sequence[int], *, channels: int, classes: int, width: float) -> None:
+        super().__init__()
+        self.features = _stack(plan, channels=channels, width=width)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(_scaled([c for c in plan if c != _POOL][-1], width), classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of normalised images [B, channels, H, W]."""
+        return cast(Tensor, self.classifier(self.pool(self.features(images)).flatten(1)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut: `relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))`.
+
+    `shortcut` is always a module: `nn.Identity` where shapes agree (env/skips.py may put a convolution
+    there), else a strided 1x1 convolution with batch-norm.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels_out)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels_out)
+        self.relu2 = nn.ReLU()
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            projection = nn.Conv2d(channels_in, channels_out, 1, stride=stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(channels_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Feature maps [B, C_in, H, W] to [B, C_out, H / stride, W / stride]."""
+        main = self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x)))))
+        return cast(Tensor, self.relu2(main + self.shortcut(x)))
+
+
+class ResNet(nn.Module):
+    """Residual network with the CIFAR stem (one 3x3 convolution, no pooling before the first stage).
+
+    Input float [B, channels, H, W]; output logits float [B, classes].
+    """
+
+    def __init__(self, blocks: Sequence[int], *, channels: int, classes: int, width: float) -> None:
+        super().__init__()
+        widths = [_scaled(stage, width) for stage in _RESNET_STAGES]
+        self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
+        self.bn = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU()
+        self.stages = nn.Sequential()
+        before = widths[0]
+        for index, (after, depth) in enumerate(zip(widths, blocks, strict=True)):
+            self.stages.append(_stage(before, after, depth=depth, stride=1 if index == 0 else 2))
+            before = after
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(before, classes)
+        _initialise(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes] of normalised images [B, channels, H, W]."""
+        maps = self.stages(self.relu(self.bn(self.conv(images))))
+        return cast(Tensor, self.classifier(self.pool(maps).flatten(1)))
+
+
+def vgg16(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> SequentialNetwork:
+    """VGG16 as used on CIFAR: 13 convolutions with batch-norm, five max-pools, one linear layer.
+
+    `width` multiplies every channel count (1.0 = 64 to 512; 14.7 million parameters).
+    """
+    return SequentialNetwork(_VGG16, channels=channels, classes=classes, width=width)
+
+
+def small(*, channels: int = 1, classes: int = 10, width: float = 1.0) -> SequentialNetwork:
+    """Six convolutions with batch-norm for 8x8 images; 204,618 parameters at width 1 for the digits."""
+    return SequentialNetwork(_SMALL, channels=channels, classes=classes, width=width)
+
+
+def resnet18(
+    *, channels: int = 3, classes: int = 10, width: float = 1.0, skip_convolutions: bool = False
+) -> ResNet:
+    """ResNet18 as used on CIFAR (11.2 million parameters at width 1).
+
+    With `skip_convolutions` every identity shortcut carries a 1x1 convolution that starts as the identity.
+    """
+    network = ResNet((2, 2, 2, 2), channels=channels, classes=classes, width=width)
+    if skip_convolutions:
+        add_skip_convolutions(network)
+    return network
+
+
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {"small": small, "vgg16": vgg16, "resnet18": resnet18}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Which network is compressed. Raises UserError, naming the field, for a value out of range."""
+
+    name: str = "small"  # "small" (8x8 digits), "vgg16" or "resnet18"; unused where `factory` is given
+    width: float = 1.0  # multiplies every channel count of our networks; more than 0, at most 16
+    # "coupled": channels that a residual sum joins live or die together.
+    # "convolution": a 1x1 convolution (identity at first) on every identity skip, as the source does.
+    skips: str = "coupled"
+    factory: str = ""  # "package.module:function" of the user's own network; takes channels= and classes=
+    weights: str = ""  # a state dict to start from: .safetensors, or what torch.save wrote
+
+    def __post_init__(self) -> None:
+        check_fields("network", self, _RULES)
+
+
+_RULES: Mapping[str, tuple[Callable[..., bool], str]] = {
+    "name": (lambda name: name in _NETWORKS, f"one of {', '.join(_NETWORKS)}"),
+    "width": (lambda width: 0 < width <= 16, "a number above 0 and at most 16"),
+    "skips": (lambda skips: skips in ("coupled", "convolution"), "coupled or convolution"),
+    "factory": (
+        lambda factory: not factory or all(factory.partition(":")),
+        "package.module:function, or nothing",
+    ),
+}
+
+
+def build_network(config: NetworkConfig, *, channels: int, classes: int, seed: int = 0) -> nn.Module:
+    """The network that `config` names, in float32 on the CPU, in training mode.
+
+    `seed` alone decides the initial weights; torch's global generator is left as it was. Weights of a
+    network without skip convolutions also fit one with them, which then starts as the same function.
+    UserError for a factory that cannot be used and for weights that do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if config.factory:
+            network = _call_factory(config.factory, channels=channels, classes=classes)
+        else:
+            network = _NETWORKS[config.name](channels=channels, classes=classes, width=config.width)
+    added: list[str] = []
+    if config.skips == "convolution":
+        added = add_skip_convolutions(network)
+    if config.weights:
+        started = network.state_dict()
+        identities = {f"{name}.weight": started[f"{name}.weight"] for name in added}
+        _fill(network, {**identities, **read_weights(Path(config.weights))}, Path(config.weights))
+    return network
+
+
+def load_weights(network: nn.Module, path: Path | str) -> None:
+    """Copy the state dict in `path` into `network`; every name and shape must agree.
+
+    UserError names the first missing, the first unexpected and the first misshapen entry.
+    """
+    _fill(network, read_weights(Path(path)), Path(path))
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict stored in `path` (.safetensors; else torch.load with weights_only=True), on the CPU.
+
+    A dict that holds the state under "state_dict" is looked into. UserError for a file that is missing,
+    unreadable, or holds anything but finite tensors by name.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"weights {path}", expected="a file", got="no such file", remedy="correct network.weights"
+        )
+    try:
+        state = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
+    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"weights {path}",
+            expected="a readable state dict (.safetensors, or written by torch.save)",
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="save it again with torch.save(network.state_dict(), path)",
+        ) from error
+    _check_entries(state, path)
+    return state
+
+
+def _load_pickled(path: Path) -> dict[str, Tensor]:
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, dict):
+        raise ValueError(f"holds a {type(loaded).__name__}, not a dict")
+    return dict(loaded)
+
+
+def _check_entries(state: Mapping[str, object], path: Path) -> None:
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            problem = f"a {type(value).__name__}"
+        elif value.is_floating_point() and not bool(value.isfinite().all()):
+            problem = "values that are NaN or infinite"
+        else:
+            continue
+        raise UserError(
+            f"weights {path}, entry {name}",
+            expected="a tensor of finite numbers",
+            got=problem,
+            remedy="give the state dict of a sound training",
+        )
+
+
+def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in state]
+    unexpected = [name for name in state if name not in wanted]
+    misshapen = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    if not (missing or unexpected or misshapen):
+        network.load_state_dict(state)
+        return
+    found = []
+    if missing:
+        found.append(f"{len(missing)} missing (first {missing[0]})")
+    if unexpected:
+        found.append(f"{len(unexpected)} unexpected (first {unexpected[0]})")
+    if misshapen:
+        name = misshapen[0]
+        shapes = f"{list(state[name].shape)} for {list(wanted[name].shape)}"
+        found.append(f"{len(misshapen)} misshapen (first {name}: {shapes})")
+    raise UserError(
+        f"weights {path}",
+        expected=f"the {len(wanted)} entries of {type(network).__name__}",
+        got=", ".join(found),
+        remedy="give weights of the same network, width, channels and classes",
+    )
+
+
+def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
+    module_name, _, function_name = factory.partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            "network.factory",
+            expected="an importable package.module:function",
+            got=f"{factory} ({error})",
+            remedy="start where the package can be imported, or correct the name",
+        ) from error
+    network = function(channels=channels, classes=classes)
+    if not isinstance(network, nn.Module):
+        raise UserError(
+            "network.factory",
+            expected="a function that returns a torch.nn.Module",
+            got=f"a {type(network).__name__} from {factory}",
+            remedy="return the network itself",
+        )
+    return network
+
+
+def _scaled(channels: int, width: float) -> int:
+    return max(1, round(channels * width))
+
+
+def _stack(plan: Sequence[int], *, channels: int, width: float) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for planned in plan:
+        if planned == _POOL:
+            # Rounding up keeps a 1x1 map as it is, so images smaller than 32x32 pass five pools too.
+            layers.append(nn.MaxPool2d(2, ceil_mode=True))
+            continue
+        after = _scaled(planned, width)
+        layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
+        channels = after
+    return nn.Sequential(*layers)
+
+
+def _stage(channels_in: int, channels_out: int, *, depth: int, stride: int) -> nn.Sequential:
+    first = ResidualBlock(channels_in, channels_out, stride=stride)
+    rest = [ResidualBlock(channels_out, channels_out, stride=1) for _ in range(depth - 1)]
+    return nn.Sequential(first, *rest)
+
+
+def _initialise(network: nn.Module) -> None:
+    """He et al. 2015, fan out: keeps the gradients' size through many ReLU layers."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

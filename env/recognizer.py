@@ -1,0 +1,126 @@
+"""The Recognizer: the network being compressed, with the data it is retrained on.
+
+What is the same in every episode (the baseline, its plan, the images) stands in `Recognizer`; what an episode
+changes stands in `Body`, a small value that is replaced, never mutated.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from env.channels import ChannelPlan
+from env.data import DataConfig, Dataset, Split, normalise
+from env.importance import log_scores
+from env.seeds import derive_seed
+from env.training import Metrics, evaluate, retrain
+
+__all__ = ["Body", "Recognizer", "Retraining"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining:
+    """How a network is retrained for a few minibatches.
+
+    `learning_rate` is that of SGD with momentum; `decay` lets it fall linearly to 0 over the call.
+    """
+
+    minibatches: int
+    batch_size: int
+    learning_rate: float
+    decay: bool = False
+    weight_decay: float = 5e-4
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
+class Body:
+    """A Recognizer in the middle of an episode: the compact network and keep_mask bool [F]."""
+
+    network: nn.Module
+    keep_mask: Tensor
+
+
+class Recognizer:
+    """The baseline network, its plan and its images, on one device.
+
+    Args:
+        network: the trained baseline, with skip convolutions already in where they are wanted.
+        dataset: images and labels; every decision uses its validation split.
+        data_config: how training images are augmented.
+        given_parameters: parameters of the network as the user gave it; compression is counted against these.
+        precision: "float32" or "bfloat16", the arithmetic of retraining and evaluation.
+        device: where the network and the images live.
+
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: Dataset,
+        data_config: DataConfig,
+        *,
+        given_parameters: int,
+        precision: str = "float32",
+        device: str = "cpu",
+    ) -> None:
+        self.network = network.to(device)
+        self.dataset = dataset.to(torch.device(device))
+        self.data_config = data_config
+        self.given_parameters = given_parameters
+        self.precision = precision
+        self.device = torch.device(device)
+        example = torch.zeros(1, *dataset.image_shape, device=self.device)
+        self.plan = ChannelPlan(self.network, example)
+
+    def full(self) -> Body:
+        """The baseline, nothing removed."""
+        return Body(copy.deepcopy(self.network), torch.ones(self.plan.units, dtype=torch.bool))
+
+    def zero(self, body: Body, keep_mask: Tensor) -> Body:
+        """Remove the filters outside `keep_mask` (bool [F], within body's) for good."""
+        return Body(self.plan.compact(body.network, keep_mask, have=body.keep_mask), keep_mask)
+
+    def compression(self, keep_mask: Tensor) -> float:
+        """1 - parameters of the compact network / parameters of the network as given."""
+        kept = self.plan.kept_per_layer(keep_mask)
+        return 1.0 - int(self.plan.parameters(kept)) / self.given_parameters
+
+    def retrain(self, body: Body, config: Retraining, *, seed: int) -> float:
+        """Retrain in place; the seed alone decides images and augmentation. Returns the mean loss in nats."""
+        return retrain(
+            body.network,
+            self.dataset,
+            self.data_config,
+            minibatches=config.minibatches,
+            batch_size=config.batch_size,
+            learning_rate=config.learning_rate,
+            decay=config.decay,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            precision=self.precision,
+            seed=seed,
+        )
+
+    def recovered(self, body: Body, config: Retraining, *, seed: int) -> Body:
+        """A copy of body after retraining; body itself is unchanged."""
+        copied = replace(body, network=copy.deepcopy(body.network))
+        self.retrain(copied, config, seed=seed)
+        return copied
+
+    def evaluate(self, body: Body, split: Split) -> Metrics:
+        """Accuracy and cross-entropy of body on a split of this dataset."""
+        return evaluate(body.network, split, self.dataset.mean, self.dataset.std, precision=self.precision)
+
+    def log_scores(self, body: Body, *, images: int, batch_size: int, seed: int) -> Tensor:
+        """Log importance of every filter on `images` training images, the same for a seed: float32 [F, 3]."""
+        batches = self._batches(images, batch_size, derive_seed(seed, "scores"))
+        return log_scores(body.network, self.plan, body.keep_mask, batches)
+
+    def _batches(self, images: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        train = self.dataset.train
+        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+        for part in chosen.to(self.device).split(batch_size):
+            yield normalise(train.images[part], self.dataset.mean, self.dataset.std), train.labels[part]
