@@ -7,6 +7,7 @@ which colour-blind readers tell apart, and each group has a marker of its own be
 
 import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,56 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, PercentFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from deploy.folder import write_atomic
-from deploy.frontier import frontier, groups_of, learning_curve
+from deploy.frontier import frontier, groups_of, learning_curve, targets_of
 
 __all__ = ["frontier_image", "frontier_png", "learning_image", "learning_png"]
 
 Record = dict[str, Any]
 
-_COLOURS = {
-    "search": "#D55E00",
-    "taylor": "#0072B2",
-    "random": "#8A8A8A",
-    "cem": "#009E73",
-    "untrained": "#CC79A7",
-}
-_OTHER_COLOUR = "#E69F00"
+
+@dataclass(frozen=True, kw_only=True)
+class _Theme:
+    paper: str
+    ink: str
+    grid: str
+    groups: dict[str, str]
+    other: str  # for a group that is not ours
+
+    def colour(self, group: str) -> str:
+        return self.groups.get(group, self.other)
+
+
+_LIGHT = _Theme(
+    paper="#ffffff",
+    ink="#30343a",
+    grid="#e6e8eb",
+    groups={
+        "search": "#D55E00",
+        "taylor": "#0072B2",
+        "random": "#8A8A8A",
+        "cem": "#009E73",
+        "untrained": "#CC79A7",
+    },
+    other="#E69F00",
+)
+_DARK = _Theme(
+    paper="#15181d",
+    ink="#d7dbe0",
+    grid="#2b3038",
+    groups={
+        "search": "#F58A3C",
+        "taylor": "#56B4E9",
+        "random": "#A6A6A6",
+        "cem": "#2FC59A",
+        "untrained": "#E3A0C6",
+    },
+    other="#F0E442",
+)
 _MARKERS = {"search": "o", "taylor": "s", "random": "v", "cem": "D", "untrained": "^"}
 _LABELS = {"search": "search (Controller)"}
 _DPI = 150
@@ -56,114 +89,110 @@ def frontier_image(records: Sequence[Record], result: Record | None, *, dark: bo
 
     The horizontal axis is logarithmic in what is *left*, so that 90, 95 and 99 % stand apart.
     """
-    figure, axes, ink = _figure(dark)
+    figure, axes, theme = _figure(dark)
     result = result or {}
     right = _furthest(records, result)
-    _draw_curves(axes, records, dark)
-    _draw_group_bests(axes, records, ink)
-    _draw_recovered(axes, result, ink)
-    _draw_baseline(axes, result.get("baseline") or {}, ink)
+    _draw_curves(axes, records, theme)
+    _draw_group_bests(axes, records, theme)
+    _draw_recovered(axes, result, theme)
+    _draw_baseline(axes, result.get("baseline") or {}, theme)
     _scale_compression(axes, right)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("accuracy", color=ink)
-    axes.set_xlabel("parameters removed (logarithmic in what is left)", color=ink)
-    _legend(axes, _frontier_handles(records, result, ink), ink)
+    axes.set_ylabel("accuracy", color=theme.ink)
+    axes.set_xlabel("parameters removed (logarithmic in what is left)", color=theme.ink)
+    _legend(axes, _frontier_handles(records, result, theme), theme)
     return _png(figure)
 
 
 def learning_image(records: Sequence[Record], *, dark: bool = False) -> bytes:
     """Return a PNG: the return of each episode as a dot and the mean of the last ten as a line, by group."""
-    figure, axes, ink = _figure(dark)
+    figure, axes, theme = _figure(dark)
     for group in groups_of(records):
         curve = learning_curve(records, group)
         episodes = [entry["episode"] for entry in curve]
-        colour = _colour(group)
+        colour = theme.colour(group)
         axes.plot(
             episodes, [entry["return"] for entry in curve], _marker(group),
-            color=colour, alpha=0.35, markersize=4, markeredgewidth=0,
+            color=colour, alpha=0.55, markersize=4.5, markeredgewidth=0,
         )  # fmt: skip
-        axes.plot(
-            episodes, [entry["mean"] for entry in curve], color=colour, linewidth=2.2, label=_label(group)
-        )
-    axes.set_xlabel("episode of the group", color=ink)
-    axes.set_ylabel("return (dots), mean of the last ten (lines)", color=ink)
+        axes.plot(episodes, [entry["mean"] for entry in curve], color=colour, linewidth=2.2, label=_label(group))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("episode of the group", color=theme.ink)
+    axes.set_ylabel("return (dots), mean of the last ten (lines)", color=theme.ink)
     handles, _ = axes.get_legend_handles_labels()
-    _legend(axes, handles, ink)
+    _legend(axes, handles, theme)
     return _png(figure)
 
 
-def _figure(dark: bool) -> tuple[Figure, Axes, str]:
-    paper, ink, grid = ("#15181d", "#d7dbe0", "#2b3038") if dark else ("#ffffff", "#30343a", "#e6e8eb")
-    figure = Figure(figsize=(9, 5.6), dpi=_DPI, facecolor=paper, layout="constrained")
+def _figure(dark: bool) -> tuple[Figure, Axes, _Theme]:
+    theme = _DARK if dark else _LIGHT
+    figure = Figure(
+        figsize=(9, 5.6), dpi=_DPI, facecolor=theme.paper, layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.14)
+    )
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(facecolor=paper)
-    axes.grid(color=grid, linewidth=0.8)
+    axes = figure.add_subplot(facecolor=theme.paper)
+    axes.grid(color=theme.grid, linewidth=0.8)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=ink, length=0, labelsize=10)
+    axes.tick_params(colors=theme.ink, length=0, labelsize=10)
     for name, spine in axes.spines.items():
         spine.set_visible(name in ("left", "bottom"))
-        spine.set_color(grid)
-    return figure, axes, ink
+        spine.set_color(theme.grid)
+    return figure, axes, theme
 
 
-def _draw_curves(axes: Axes, records: Sequence[Record], dark: bool) -> None:
+def _draw_curves(axes: Axes, records: Sequence[Record], theme: _Theme) -> None:
     for group in groups_of(records):
         curves = [record["curve"] for record in records if record["group"] == group][-_CURVES_PER_GROUP:]
         lines = [np.array([(_x(c), a) for c, a in curve if a is not None]) for curve in curves]
         lines = [line for line in lines if len(line) > 1]
         # Many curves one over the other: the more there are, the fainter each.
-        alpha = float(np.clip(4.0 / max(1, len(lines)), 0.06, 0.35)) * (1.4 if dark else 1.0)
-        axes.add_collection(LineCollection(lines, colors=_colour(group), alpha=alpha, linewidths=0.9))
+        alpha = float(np.clip(4.0 / max(1, len(lines)), 0.06, 0.35)) * (1.4 if theme is _DARK else 1.0)
+        axes.add_collection(LineCollection(lines, colors=theme.colour(group), alpha=alpha, linewidths=0.9))
 
 
-def _draw_group_bests(axes: Axes, records: Sequence[Record], ink: str) -> None:
-    for entry in frontier(records, _targets(records)):
+def _draw_group_bests(axes: Axes, records: Sequence[Record], theme: _Theme) -> None:
+    for entry in frontier(records, targets_of(records)):
         for group, point in entry["groups"].items():
             if point["accuracy"] is not None:
                 axes.plot(
                     _x(point["compression"]), point["accuracy"], _marker(group),
-                    color=_colour(group), markersize=7.5, markeredgecolor=axes.get_facecolor(),
+                    color=theme.colour(group), markersize=7.5, markeredgecolor=axes.get_facecolor(),
                     markeredgewidth=1.0, zorder=4, alpha=0.95,
                 )  # fmt: skip
 
 
-def _draw_recovered(axes: Axes, result: Record, ink: str) -> None:
+def _draw_recovered(axes: Axes, result: Record, theme: _Theme) -> None:
     for point in result.get("comparison") or []:
-        _draw_one_recovered(axes, point, _colour(str(point.get("group", ""))), size=8.0, label=None, ink=ink)
-    for point in sorted(result.get("points") or [], key=lambda point: float(point["compression"])):
-        label = f"{point['test_accuracy']:.1%}" if point.get("test_accuracy") is not None else None
-        _draw_one_recovered(axes, point, ink, size=15.0, label=label, ink=ink)
+        _draw_one_recovered(axes, point, theme.colour(str(point.get("group", ""))), size=8.0)
+    for point in result.get("points") or []:
+        _draw_one_recovered(axes, point, theme.ink, size=13.0)
+        if point.get("test_accuracy") is not None:
+            axes.annotate(
+                f"{point['test_accuracy']:.1%}", (_x(point["compression"]), point["test_accuracy"]),
+                xytext=(11, 0), textcoords="offset points", va="center",
+                color=theme.ink, fontsize=10.5, fontweight="bold", zorder=7,
+            )  # fmt: skip
 
 
-def _draw_one_recovered(
-    axes: Axes, point: Record, colour: str, *, size: float, label: str | None, ink: str
-) -> None:
+def _draw_one_recovered(axes: Axes, point: Record, colour: str, *, size: float) -> None:
     x = _x(point["compression"])
     if point.get("val_accuracy") is not None:
-        axes.plot(
-            x, point["val_accuracy"], "*", markersize=size, zorder=6,
-            markerfacecolor="none", markeredgecolor=colour, markeredgewidth=1.2,
-        )  # fmt: skip
+        axes.plot(x, point["val_accuracy"], "_", markersize=size, color=colour, markeredgewidth=2, zorder=6)
     if point.get("test_accuracy") is not None:
         axes.plot(x, point["test_accuracy"], "*", markersize=size, color=colour, markeredgewidth=0, zorder=6)
-    if label is not None:
-        axes.annotate(
-            label, (x, point["test_accuracy"]), xytext=(9, 7), textcoords="offset points",
-            color=ink, fontsize=10, fontweight="bold", zorder=7,
-        )  # fmt: skip
 
 
-def _draw_baseline(axes: Axes, baseline: Record, ink: str) -> None:
+def _draw_baseline(axes: Axes, baseline: Record, theme: _Theme) -> None:
     for key, style in (("val_accuracy", (0, (2, 3))), ("test_accuracy", (0, (7, 3)))):
         if baseline.get(key) is not None:
-            axes.axhline(baseline[key], color=ink, linewidth=1.1, linestyle=style, alpha=0.8, zorder=3)
+            axes.axhline(baseline[key], color=theme.ink, linewidth=1.1, linestyle=style, alpha=0.8, zorder=3)
 
 
 def _scale_compression(axes: Axes, right: float) -> None:
     ticks = [tick for tick in _TICKS if tick <= right]
     axes.set_xticks([_x(tick) for tick in ticks])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{1 - 10**-x:.1%}".replace(".0%", "%")))
-    axes.set_xlim(-0.02 * _x(right), _x(right) * 1.06)
+    axes.set_xlim(-0.02 * _x(right), _x(right) * 1.09)
 
 
 def _x(compression: float) -> float:
@@ -177,44 +206,35 @@ def _furthest(records: Sequence[Record], result: Record) -> float:
     return max([0.5, *reached, *recovered])
 
 
-def _targets(records: Sequence[Record]) -> list[float]:
-    return sorted({round(float(p["target"]), 6) for record in records for p in record.get("targets", [])})
-
-
-def _frontier_handles(records: Sequence[Record], result: Record, ink: str) -> list[Line2D]:
+def _frontier_handles(records: Sequence[Record], result: Record, theme: _Theme) -> list[Line2D]:
     groups = groups_of(records)
     handles = [
-        Line2D([], [], color=_colour(g), marker=_marker(g), markersize=7, linewidth=1.2, label=_label(g))
+        Line2D([], [], color=theme.colour(g), marker=_marker(g), markersize=7, linewidth=1.2, label=_label(g))
         for g in groups
     ]
     if result.get("points"):
-        star = {"linestyle": "none", "marker": "*", "markersize": 12, "markeredgecolor": ink}
-        handles.append(Line2D([], [], markerfacecolor=ink, label="recovered, test", **star))  # type: ignore[arg-type]
-        handles.append(Line2D([], [], markerfacecolor="none", label="recovered, validation", **star))  # type: ignore[arg-type]
+        handles += [
+            Line2D([], [], color=theme.ink, marker=marker, linestyle="none", markersize=11, label=label)
+            for marker, label in (("*", "recovered, test"), ("_", "recovered, validation"))
+        ]
     baseline = result.get("baseline") or {}
     if baseline.get("test_accuracy") is not None:
-        handles.append(
-            Line2D([], [], color=ink, linestyle=(0, (5, 2)), linewidth=1.1, label="baseline, test")
-        )
+        handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (5, 2)), linewidth=1.1, label="baseline, test"))
     if baseline.get("val_accuracy") is not None:
         label = "baseline, validation"
-        handles.append(Line2D([], [], color=ink, linestyle=(0, (2, 2)), linewidth=1.1, label=label))
+        handles.append(Line2D([], [], color=theme.ink, linestyle=(0, (2, 2)), linewidth=1.1, label=label))
     return handles
 
 
-def _legend(axes: Axes, handles: Sequence[Any], ink: str) -> None:
+def _legend(axes: Axes, handles: Sequence[Any], theme: _Theme) -> None:
     if not handles:
-        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color=ink, fontsize=13)
+        axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color=theme.ink, fontsize=13)
         return
     # Below the axes, where it covers no point whatever the curves do.
     axes.figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=min(4, len(handles)),
-        frameon=False, labelcolor=ink, fontsize=10,
+        handles=list(handles), loc="outside lower center", ncols=min(5, len(handles)),
+        frameon=False, labelcolor=theme.ink, fontsize=10,
     )  # fmt: skip
-
-
-def _colour(group: str) -> str:
-    return _COLOURS.get(group, _OTHER_COLOUR)
 
 
 def _marker(group: str) -> str:

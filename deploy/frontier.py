@@ -13,7 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["GROUPS", "Comparison", "compare", "frontier", "groups_of", "groups_table", "learning_curve"]
+__all__ = [
+    "GROUPS",
+    "Comparison",
+    "compare",
+    "frontier",
+    "groups_of",
+    "groups_table",
+    "learning_curve",
+    "targets_of",
+]
 
 Record = dict[str, Any]
 
@@ -31,6 +40,11 @@ def groups_of(records: Iterable[Record]) -> list[str]:
     """Return the groups that occur: the known ones in the order of GROUPS, then any others by name."""
     there = {str(record["group"]) for record in records}
     return [*(group for group in GROUPS if group in there), *sorted(there - set(GROUPS))]
+
+
+def targets_of(records: Iterable[Record]) -> list[float]:
+    """Return the target compressions for which any episode has a point, ascending."""
+    return sorted({round(float(p["target"]), 6) for record in records for p in record.get("targets", [])})
 
 
 def frontier(records: Sequence[Record], targets: Iterable[float]) -> list[dict[str, Any]]:
@@ -79,9 +93,7 @@ def learning_curve(records: Iterable[Record], group: str, *, window: int = 10) -
             continue
         returns.append(value)
         mean = statistics.fmean(returns[-window:])
-        curve.append(
-            {"episode": number, "id": record["id"], "return": value, "mean": mean, "best": max(returns)}
-        )
+        curve.append({"episode": number, "id": record["id"], "return": value, "mean": mean, "best": max(returns)})
     return curve
 
 
@@ -154,9 +166,7 @@ def _frontier_at(records: Sequence[Record], target: float) -> dict[str, Any]:
         for r in records
         if (point := _point(r, target)) is not None
     ]
-    groups = {
-        group: min((p for p in points if p["group"] == group), key=_order) for group in groups_of(points)
-    }
+    groups = {group: min((p for p in points if p["group"] == group), key=_order) for group in groups_of(points)}
     return {"target": target, "best": min(points, key=_order, default=None), "groups": groups}
 
 

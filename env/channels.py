@@ -252,9 +252,7 @@ def _layers(groups: list[list[_Member]]) -> Iterator[Layer]:
         first += units
 
 
-def _owners(
-    model: nn.Module, groups: list[list[_Member]], layers: tuple[Layer, ...]
-) -> dict[str, dict[int, Tensor]]:
+def _owners(model: nn.Module, groups: list[list[_Member]], layers: tuple[Layer, ...]) -> dict[str, dict[int, Tensor]]:
     """For each tensor and axis that pruning touches: int64 [size], the unit that owns each index or -1."""
     owners: dict[str, dict[int, Tensor]] = defaultdict(dict)
     for members, layer in zip(groups, layers, strict=True):

@@ -185,8 +185,10 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Begin again with the full network."""
+        """Begin again with the full network; `seed`, if given, is the campaign's seed from here on."""
         super().reset(seed=seed)
+        if seed is not None and seed != self.seed:
+            self.seed, self._start = seed, None
         self._body, self._step = self.recognizer.full(), 0
         if self._start is None:
             accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy

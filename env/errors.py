@@ -1,8 +1,8 @@
 """The errors a user can meet, one line each.
 
-    ZerooutError
-    ├── UserError        the user's mistake: the command line prints it and exits with 2
-    └── NonFiniteError   a loss or gradient that is NaN or infinite; the last good state is kept
+ZerooutError
+├── UserError        the user's mistake: the command line prints it and exits with 2
+└── NonFiniteError   a loss or gradient that is NaN or infinite; the last good state is kept
 """
 
 __all__ = ["NonFiniteError", "UserError", "ZerooutError"]

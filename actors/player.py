@@ -1,0 +1,235 @@
+"""A player: claims an episode, plays it, hands in what it learned. Ray stands one file further (actors/ray_actors.py).
+
+All that must outlive this process goes to Redis in an order that a kill at any moment leaves right: sequences first
+(idempotent by id), then the episode's record together with its networks, in one step.
+"""
+
+import base64
+import json
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+
+from actors.rollout import Rollout, rollout
+from actors.schedule import EpisodeOrder, ScheduleConfig, order
+from agents.controller import Controller, ControllerConfig
+from agents.cross_entropy import next_offsets
+from agents.ladder import Ladder
+from agents.policies import ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic
+from env.channels import ChannelPlan
+from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
+from env.compression import CompressionEnv, EpisodeConfig
+from env.data import DataConfig, Dataset
+from env.recognizer import Recognizer
+from env.seeds import derive_seed
+from learner.learner import LearnerConfig
+from learner.replay.codec import encode
+from learner.replay.connection import connect
+from learner.replay.ledger import Candidate, Ledger
+from learner.replay.replay import Item, Replay, ReplayConfig
+from learner.replay.weights import WeightStore
+from learner.sequence import SequenceConfig, cut
+
+__all__ = ["Brief", "Player", "Services", "new_controller"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brief:
+    """Everything a worker has to know, small enough to be sent to each of them; the images travel apart."""
+
+    form: NetworkForm
+    baseline: bytes  # the uncompressed network, as env.compact_file writes it
+    image_shape: tuple[int, int, int]
+    given_parameters: int
+    data: DataConfig
+    episode: EpisodeConfig
+    controller: ControllerConfig
+    sequences: SequenceConfig
+    learner: LearnerConfig
+    replay: ReplayConfig
+    schedule: ScheduleConfig
+    seed: int
+    precision: str
+    redis_url: str
+    prefix: str
+    lease_s: float
+
+    def ladder(self, plan: ChannelPlan) -> Ladder:
+        """The waypoints of every episode."""
+        return Ladder(
+            plan,
+            given_parameters=self.given_parameters,
+            targets=self.episode.targets,
+            waypoints=self.episode.waypoints,
+            min_width=self.episode.min_width,
+        )
+
+    def network(self) -> torch.nn.Module:
+        """The baseline, on the CPU."""
+        return network_from_bytes(self.baseline, self.form)
+
+
+class Services:
+    """The campaign's shared state in Redis, as one worker sees it."""
+
+    def __init__(self, brief: Brief, worker: str) -> None:
+        client = connect(brief.redis_url)
+        self.ledger = Ledger(client, brief.prefix)
+        self.weights = WeightStore(client, brief.prefix)
+        generator = np.random.default_rng(derive_seed(brief.seed, "replay", worker, time.time_ns()))
+        self.replay = Replay(client, brief.prefix, brief.replay, generator)
+
+
+def new_controller(brief: Brief, plan: ChannelPlan) -> Controller:
+    """The campaign's Controller before any learning; the same for every worker."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(brief.seed, "controller"))
+        return Controller(brief.controller, plan)
+
+
+class Player:
+    """Plays episodes of one campaign, one after the other.
+
+    Args:
+        name: stable over restarts; the ledger knows episodes in flight by it.
+        brief: the campaign.
+        dataset: its images, on the CPU.
+        device: where the Recognizer lives.
+
+    """
+
+    def __init__(self, name: str, brief: Brief, dataset: Dataset, *, device: str = "cpu") -> None:
+        self.name, self.brief = name, brief
+        recognizer = Recognizer(
+            brief.network(),
+            dataset,
+            brief.data,
+            given_parameters=brief.given_parameters,
+            precision=brief.precision,
+            device=device,
+        )
+        # every policy reads features, also beside a Controller that does not
+        self.env = CompressionEnv(recognizer, brief.episode, features=True, seed=brief.seed)
+        self.plan, self.ladder = recognizer.plan, brief.ladder(recognizer.plan)
+        self.services = Services(brief, name)
+        self._fresh = new_controller(brief, self.plan).eval()
+        self._controller = new_controller(brief, self.plan).eval()
+        self._version = 0
+        self._give_back()
+
+    def play(self) -> dict[str, Any] | None:
+        """Claim and play one episode; returns its record, or None when there is nothing to claim now."""
+        ledger = self.services.ledger
+        claimed = ledger.claim(self.name, self.brief.lease_s)
+        if claimed is None:
+            return None
+        chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
+        self._pull_weights()
+        since = time.perf_counter()
+        offsets = self._offsets(chosen)
+        played = rollout(
+            self.env,
+            self._policy(chosen, offsets),
+            self.ladder,
+            seed=chosen.retraining_seed,
+            on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
+        )
+        if chosen.group == "search":
+            self.services.replay.insert(list(self._items(claimed, played)))
+        record = self._record(chosen, played, offsets, time.perf_counter() - since)
+        ledger.complete(claimed, json.dumps(record), list(self._candidates(chosen, played)))
+        return record
+
+    def _give_back(self) -> None:
+        """Return what an earlier life of this actor had claimed."""
+        for episode, owner in self.services.ledger.in_flight():
+            if owner == self.name:
+                self.services.ledger.release(episode, owner)
+
+    def _pull_weights(self) -> None:
+        newer = self.services.weights.pull(self._version)
+        if newer is not None:
+            self._version = newer[0]
+            self._controller.load_state_dict(load_tensors(newer[1]))
+
+    def _offsets(self, chosen: EpisodeOrder) -> np.ndarray | None:
+        """What the cross-entropy method plays next, float64 [L]; None for everyone else."""
+        if chosen.policy != "cem":
+            return None
+        records = (json.loads(record) for record in self.services.ledger.records(0))
+        finished = [(np.array(r["offsets"]), r["return"]) for r in records if r["policy"] == "cem"]
+        return next_offsets(finished, len(self.plan.layers), seed=chosen.seed)
+
+    def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None) -> Policy:
+        if chosen.policy in ("controller", "controller-untrained"):
+            network = self._controller if chosen.policy == "controller" else self._fresh
+            return ControllerPolicy(network, epsilon=chosen.epsilon, sigma=chosen.sigma, seed=chosen.seed)
+        if offsets is not None:
+            policy: Policy = LayerOffsets(self.plan, torch.from_numpy(offsets))
+        else:
+            policy = heuristic(chosen.policy, self.plan, seed=chosen.seed)
+        return Shadowed(policy, self._controller)
+
+    def _on_step(self, episode: int, step: int, compression: float, accuracy: float) -> None:
+        self.services.ledger.renew(episode, self.name, self.brief.lease_s)
+        state = {"episode": episode, "step": step, "compression": compression, "accuracy": accuracy}
+        self.services.ledger.beat(self.name, json.dumps(state))
+
+    def _items(self, episode: int, played: Rollout) -> Iterator[Item]:
+        trace = played.trace
+        if self.brief.controller.observation == "mask":
+            trace = replace(trace, features=trace.features[..., :0])
+        for number, sequence in enumerate(cut(trace, self.brief.sequences)):
+            # a new sequence is sampled soon: its priority is its largest reward, or 1 where it has none
+            priority = max(1.0, float(np.abs(sequence["rewards"]).max()))
+            yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)
+
+    def _candidates(self, chosen: EpisodeOrder, played: Rollout) -> Iterator[Candidate]:
+        for point in played.reached:
+            yield Candidate(
+                slot=f"{chosen.group}/{point.target}",
+                score=-point.metrics.cross_entropy,
+                payload=network_to_bytes(point.body.network, self.brief.form),
+                meta=json.dumps({"episode": chosen.episode, "policy": chosen.policy}),
+            )
+
+    def _record(
+        self, chosen: EpisodeOrder, played: Rollout, offsets: np.ndarray | None, seconds: float
+    ) -> dict[str, Any]:
+        """The episode's line in episodes.jsonl."""
+        return {
+            "id": chosen.episode,
+            "group": chosen.group,
+            "actor": self.name,
+            "policy": chosen.policy,
+            "epsilon": chosen.epsilon,
+            "sigma": chosen.sigma,
+            "seed": chosen.seed,
+            "steps": len(played.trace),
+            "seconds": round(seconds, 3),
+            "phases": {phase: round(spent, 3) for phase, spent in played.seconds.items()},
+            "weights_version": self._version if chosen.policy == "controller" else 0,
+            "return": played.total_return,
+            "finished": time.time(),
+            "curve": [[round(c, 6), round(a, 6)] for c, a in played.curve],
+            "targets": [
+                {
+                    "target": point.target,
+                    "compression": point.compression,
+                    "parameters": point.parameters,
+                    "macs": point.macs,
+                    "accuracy": point.metrics.accuracy,
+                    "cross_entropy": point.metrics.cross_entropy,
+                    "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy())).decode(),
+                }
+                for point in played.reached
+            ],
+        } | ({} if offsets is None else {"offsets": offsets.tolist()})

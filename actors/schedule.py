@@ -1,0 +1,129 @@
+"""Who plays which episode, and how: a pure function of the episode's number.
+
+A campaign is one or more groups of equally many episodes: `search`, where the Controller learns, and after it the
+controls at the same budget (mission.md). Nothing here is remembered by a process, so any actor may play any episode.
+"""
+
+from dataclasses import dataclass
+
+from env.errors import UserError
+from env.seeds import derive_seed
+
+__all__ = ["CONTROLS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
+
+#: Groups that a campaign can compare the Controller with.
+CONTROLS = ("random", "taylor", "gamma", "cem", "untrained")
+
+#: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.
+_TEACHERS = ("taylor", "gamma", "uniform-l1", "random-allocation")
+_LATER_TEACHERS = ("taylor-offsets", "random-allocation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """How many episodes are played, and by whom."""
+
+    episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors
+    actors: int = 2
+    teacher_share: float = 0.25  # of the episodes, at the start, played by heuristics
+    sigma: float = 0.4  # layer offsets of an episode, natural-log units; falls to a quarter over the campaign
+    controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
+    epsilon_base: float = 0.4  # R2D2's ladder: base ** (1 + alpha i / (actors - 1))
+    epsilon_alpha: float = 7.0
+
+    def __post_init__(self) -> None:
+        """Check every value; raises UserError."""
+        for name, floor in {"episodes": 0, "actors": 1}.items():
+            if getattr(self, name) < floor:
+                raise UserError(
+                    f"search.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"
+                )
+        if not 0 <= self.teacher_share < 1:
+            raise UserError(
+                "search.teacher_share", expected="in [0, 1)", got=repr(self.teacher_share), remedy="try 0.25"
+            )
+        unknown = [name for name in self.controls if name not in CONTROLS]
+        if unknown or len(set(self.controls)) < len(self.controls):
+            raise UserError(
+                "search.controls",
+                expected=f"different ones of {', '.join(CONTROLS)}",
+                got=repr(list(self.controls)),
+                remedy="leave out what is not among them",
+            )
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The groups, in the order they are played."""
+        return "search", *self.controls
+
+    @property
+    def per_group(self) -> int:
+        """Episodes of each group."""
+        return self.episodes or 2 * self.actors
+
+    @property
+    def total(self) -> int:
+        """Episodes of all groups."""
+        return self.per_group * len(self.groups)
+
+    @property
+    def teachers(self) -> int:
+        """Episodes that heuristics play at the start of `search` (and of `untrained`, its mirror)."""
+        return round(self.per_group * self.teacher_share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpisodeOrder:
+    """One episode: who plays it and with which random numbers."""
+
+    episode: int
+    group: str
+    policy: str  # a name in agents.policies.HEURISTICS, "controller", "controller-untrained" or "cem"
+    epsilon: float
+    sigma: float
+    seed: int  # of the policy's own randomness
+    retraining_seed: int  # of minibatches and augmentation; the same in all episodes that differ by masks
+
+
+def order(config: ScheduleConfig, episode: int, *, seed: int) -> EpisodeOrder:
+    """The order for an episode, 0 <= episode < config.total, of the campaign with this seed."""
+    group, place = config.groups[episode // config.per_group], episode % config.per_group
+    # The same place has the same luck in every group: the comparison is between deciders.
+    policy_seed = derive_seed(seed, "policy", place)
+    policy, epsilon, sigma = _who(config, group, place)
+    # A rule without randomness would repeat itself exactly; fresh minibatches let it be chosen from many tries too.
+    repeats = group in ("taylor", "gamma")
+    return EpisodeOrder(
+        episode=episode,
+        group=group,
+        policy=policy,
+        epsilon=epsilon,
+        sigma=sigma,
+        seed=policy_seed,
+        retraining_seed=derive_seed(seed, "retraining", place) if repeats else derive_seed(seed, "retraining"),
+    )
+
+
+def _who(config: ScheduleConfig, group: str, place: int) -> tuple[str, float, float]:
+    """(policy, epsilon, sigma) of the place-th episode of a group."""
+    if group in ("search", "untrained"):
+        return _learner_or_teacher(config, group, place)
+    policy = {"random": "random-allocation", "cem": "cem"}.get(group, group)
+    return policy, 0.0, 0.0
+
+
+def _learner_or_teacher(config: ScheduleConfig, group: str, place: int) -> tuple[str, float, float]:
+    if place < config.teachers:
+        later = place - len(_TEACHERS)
+        teacher = _TEACHERS[place] if later < 0 else _LATER_TEACHERS[later % len(_LATER_TEACHERS)]
+        return teacher, 0.0, 0.0
+    own = config.per_group - config.teachers
+    left = 1.0 - (place - config.teachers) / max(own - 1, 1)
+    epsilon = epsilon_ladder(place % config.actors, config) * left
+    return ("controller" if group == "search" else "controller-untrained"), epsilon, config.sigma * (0.25 + 0.75 * left)
+
+
+def epsilon_ladder(actor: int, config: ScheduleConfig) -> float:
+    """R2D2's epsilon of the i-th of N actors: 0.4 ** (1 + 7 i / (N - 1)) (Horgan et al. 2018, section 4.1)."""
+    share = actor / (config.actors - 1) if config.actors > 1 else 0.0
+    return float(config.epsilon_base ** (1.0 + config.epsilon_alpha * share))

