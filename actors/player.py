@@ -57,7 +57,6 @@ class Brief:
     replay: ReplayConfig
     schedule: ScheduleConfig
     seed: int
-    precision: str
     redis_url: str
     prefix: str
     lease_s: float
@@ -113,7 +112,7 @@ class Player:
             dataset,
             brief.data,
             given_parameters=brief.given_parameters,
-            precision=brief.precision,
+            precision=brief.episode.precision,
             device=device,
         )
         # every policy reads features, also beside a Controller that does not

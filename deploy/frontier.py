@@ -84,7 +84,7 @@ def learning_curve(records: Iterable[Record], group: str, *, window: int = 10) -
     Each entry: "episode" (1, 2, ... within the group), "id", "return", "mean" (over the last `window`
     episodes, fewer at the start), "best" (so far). Episodes without a finite return are left out.
     """
-    members = sorted((r for r in records if r["group"] == group), key=lambda record: int(record["id"]))
+    members = _members(records, group)
     returns: list[float] = []
     curve = []
     for number, record in enumerate(members, start=1):
@@ -104,6 +104,7 @@ class Comparison:
     target: float
     episodes: int  # per group; the smallest group's number
     best: dict[str, float]  # <group: lowest cross-entropy of its first episodes>
+    policy: str  # which of the search's policies chose its best: the Controller, or one of its teachers
     rival: str  # the best control
     ahead: float  # rival's best cross-entropy - search's best; > 0 when the search is better
     noise: float | None  # standard deviation of one repeated episode's cross-entropy; None when not known
@@ -133,10 +134,15 @@ def compare(records: Sequence[Record], target: float) -> Comparison | None:
         target=target,
         episodes=episodes,
         best=best,
+        policy=str(_members(records, "search")[reached["search"].index(best["search"])]["policy"]),
         rival=rival,
         ahead=best[rival] - best["search"],
         noise=_noise(reached, rival),
     )
+
+
+def _members(records: Iterable[Record], group: str) -> list[Record]:
+    return sorted((r for r in records if r["group"] == group), key=lambda record: int(record["id"]))
 
 
 def _noise(scores: dict[str, list[float]], rival: str) -> float | None:
@@ -151,7 +157,7 @@ def _noise(scores: dict[str, list[float]], rival: str) -> float | None:
 
 def _scores(records: Iterable[Record], group: str, target: float) -> list[float]:
     """Return the group's cross-entropies at the target in order of id, infinite where it was not reached."""
-    members = sorted((r for r in records if r["group"] == group), key=lambda record: int(record["id"]))
+    members = _members(records, group)
     return [_worst_if_none(_point(record, target)) for record in members]
 
 

@@ -172,18 +172,17 @@ class RichProgress:
         self._leave_summary()
 
     def _show(self, renderable: RenderableType) -> None:
-        if not self._is_open:
-            self._live.start()
-            self._is_open = True
         self._live.update(renderable)
+        if not self._is_open:
+            self._live.start(refresh=True)
+            self._is_open = True
 
     def _leave_summary(self) -> None:
         if self._is_open:
-            self._live.update(Text(""))
-            self._live.stop()
+            self._live.stop()  # it is transient: the panel vanishes
             self._is_open = False
         if self._summary:
-            self._console.print(f"  {escape(self._summary)}", style="dim", highlight=False)
+            self._console.print(f"  {escape(self._summary)}", style="dim", highlight=False, soft_wrap=True)
             self._summary = ""
 
 

@@ -80,7 +80,10 @@ def verdict_sentence(comparisons: Sequence[Comparison]) -> str:
 def comparison_sentence(comparison: Comparison) -> str:
     """Return one plain sentence on who won at one target."""
     c, rival = comparison, _name(comparison.rival)
-    start = f"At {_percent(c.target, 1)} removed, the best of {c.episodes} {_plural(c.episodes)} each:"
+    start = (
+        f"At {_percent(c.target, 1)} removed, the best of {c.episodes} {_plural(c.episodes)} each (the search's "
+        f"was chosen by {c.policy}):"
+    )
     scores = f"{c.best['search']:.3f} against {c.best[c.rival]:.3f} cross-entropy on validation"
     if c.verdict == "unknown":
         return f"{start} the Controller's search {scores} of {rival}; too few episodes to tell them apart."

@@ -5,6 +5,8 @@ The metadata holds the network's factory (env/networks.py) with its arguments; s
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +20,7 @@ from env.channels import adopt
 from env.errors import UserError
 from env.networks import NetworkConfig, build_network
 
-__all__ = ["NetworkForm", "network_from_bytes", "network_from_file", "network_to_bytes"]
+__all__ = ["NetworkForm", "form_of_file", "network_from_bytes", "network_from_file", "network_to_bytes"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +59,25 @@ def network_from_file(path: str) -> nn.Module:
         UserError: the file is missing, broken, or not one of ours.
 
     """
+    with _opened(path) as file:
+        form = _form(file)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    with torch.device("meta"):
+        shell = form.build()
+    return adopt(shell, tensors).eval()
+
+
+def form_of_file(path: str) -> NetworkForm:
+    """What rebuilds the network in a file; UserError as `network_from_file`."""
+    with _opened(path) as file:
+        return _form(file)
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            form = _form(json.loads((file.metadata() or {})["zeroout"]))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+            yield file
     except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(
             f"model {path}",
@@ -68,10 +85,8 @@ def network_from_file(path: str) -> nn.Module:
             got=repr(error),
             remedy="give a .safetensors file from a campaign's export/ folder",
         ) from error
-    with torch.device("meta"):
-        shell = form.build()
-    return adopt(shell, tensors).eval()
 
 
-def _form(saved: dict[str, Any]) -> NetworkForm:
+def _form(file: Any) -> NetworkForm:
+    saved = json.loads((file.metadata() or {})["zeroout"])
     return NetworkForm(**{**saved, "network": NetworkConfig(**saved["network"])})

@@ -44,6 +44,7 @@ class EpisodeConfig:
     recovery_learning_rate: float = 0.04
     step_images: int = 500  # validation images behind a step's accuracy; rewards use all of them
     score_images: int = 256  # training images behind the Taylor score
+    precision: str = "float32"  # or "bfloat16"; of retraining and evaluation inside the episode
     max_steps: int = 64  # then the episode is truncated; a ladder of waypoints never needs them
 
     def __post_init__(self) -> None:
@@ -73,7 +74,11 @@ class EpisodeConfig:
             raise UserError(
                 "episode.reward", expected=" | ".join(_REWARDS), got=repr(self.reward), remedy="choose one of them"
             )
-        least = {"waypoints": 1, "min_width": 1, "batch_size": 2, "step_minibatches": 0, "recovery_minibatches": 0}
+        if self.precision not in ("float32", "bfloat16"):
+            raise UserError(
+                "episode.precision", expected="float32 | bfloat16", got=repr(self.precision), remedy="choose one"
+            )
+        least = {"waypoints": 1, "min_width": 1, "batch_size": 2, "step_minibatches": 1, "recovery_minibatches": 1}
         for name, floor in {**least, "step_images": 1, "score_images": 1, "max_steps": 1}.items():
             if getattr(self, name) < floor:
                 raise UserError(

@@ -182,15 +182,25 @@ def load_dataset(config: DataConfig, *, progress: _Progress | None = None) -> Da
         classes, pool, test = *_digits(), None
     else:
         classes, pool, test = _folder(config, report)
+    # Indices are drawn first and images copied once: they may be hundreds of megabytes.
     generator = torch.Generator().manual_seed(config.split_seed)
+    rest = torch.arange(len(pool))
     if test is None:
-        pool, test = _part(pool, config.test_share, generator, classes, "data.test_share")
-    train, validation = _part(pool, config.validation_share, generator, classes, "data.validation_share")
+        rest, drawn = _part(rest, pool.labels, config.test_share, generator, classes)
+        test = pool.take(drawn)
+    rest, validation = _part(rest, pool.labels, config.validation_share, generator, classes)
     if config.train_limit:
-        train = train.take(_in_turn(train.labels, generator)[: config.train_limit])
+        rest = rest[_in_turn(pool.labels[rest], generator)[: config.train_limit]]
+    train = pool.take(_shuffled(rest, generator))
     mean, std = _moments(train.images)
-    shuffled = [split.take(torch.randperm(len(split), generator=generator)) for split in (train, validation, test)]
-    return Dataset(train=shuffled[0], validation=shuffled[1], test=shuffled[2], classes=classes, mean=mean, std=std)
+    return Dataset(
+        train=train,
+        validation=pool.take(_shuffled(validation, generator)),
+        test=test.take(torch.randperm(len(test), generator=generator)),
+        classes=classes,
+        mean=mean,
+        std=std,
+    )
 
 
 def require_batch(dataset: Dataset, batch_size: int) -> None:
@@ -232,21 +242,19 @@ def augment(
 
 
 def _moved(images: Tensor, *, flip: bool, shift_pixels: int, generator: torch.Generator) -> Tensor:
-    """One gather does both: output [b, c, y, x] reads row y + dy and column x + dx (mirrored if flipped)."""
+    """Each image cut as a window out of its padded self (one copy), then mirrored where drawn."""
     batch, _, height, width = images.shape
     source = generator.device
-    shifts = torch.randint(2 * shift_pixels + 1, (2, batch, 1), generator=generator, device=source)
-    mirrored = torch.randint(2, (batch, 1), generator=generator, device=source, dtype=torch.bool)
-    columns = torch.arange(width, device=source).expand(batch, width)
+    shifts = torch.randint(2 * shift_pixels + 1, (2, batch), generator=generator, device=source)
+    mirrored = torch.randint(2, (batch, 1, 1, 1), generator=generator, device=source, dtype=torch.bool)
+    if shift_pixels:
+        down, right = shifts.to(images.device)
+        padded = torch.nn.functional.pad(images, [shift_pixels] * 4)
+        windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # a view [B, C, rows, columns, H, W]
+        images = windows[torch.arange(batch, device=images.device), :, down, right]
     if flip:
-        columns = torch.where(mirrored, width - 1 - columns, columns)
-    rows = (shifts[0] + torch.arange(height, device=source)).to(images.device)  # [B, H]
-    columns = (shifts[1] + columns).to(images.device)  # [B, W]
-    padded = torch.nn.functional.pad(images, [shift_pixels] * 4)
-    which = torch.arange(batch, device=images.device).view(batch, 1, 1)
-    # Indexing around the channel axis puts it last: whole pixels are copied, then seen as [B, C, H, W].
-    pixels = padded.permute(0, 2, 3, 1)[which, rows.unsqueeze(2), columns.unsqueeze(1)]
-    return pixels.permute(0, 3, 1, 2)
+        images = torch.where(mirrored.to(images.device), images.flip(3), images)
+    return images
 
 
 @contextmanager
@@ -328,7 +336,8 @@ def _scan(root: Path) -> dict[str, list[Path]]:
 
 
 def _visible(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    visible = (path for path in folder.iterdir() if not path.name.startswith("."))
+    return sorted(visible, key=lambda path: path.name)
 
 
 def _decode_once(root: Path, files: list[Path], config: DataConfig, progress: _Progress) -> Tensor:
@@ -355,7 +364,8 @@ def _cache_key(root: Path, files: list[Path], image_size: int) -> str:
     digest = hashlib.sha256(f"1 {image_size}\n".encode())  # 1 = the version of this decoder
     for file in files:
         status = file.stat()
-        digest.update(f"{file.relative_to(root)}\0{status.st_size} {status.st_mtime_ns}\n".encode())
+        name = str(file).removeprefix(str(root))
+        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
 
 
@@ -370,7 +380,7 @@ def _read_cache(path: Path, count: int) -> Tensor:
 
 
 def _crc32(images: Tensor) -> int:
-    return zlib.crc32(memoryview(images.numpy()))
+    return zlib.crc32(images.numpy().data)
 
 
 def _decode(files: list[Path], image_size: int, progress: _Progress) -> Tensor:
@@ -434,22 +444,26 @@ def _eight_bits(image: Image.Image) -> Image.Image | None:
 
 
 def _part(
-    pool: Split, share: float, generator: torch.Generator, classes: Sequence[str], name: str
-) -> tuple[Split, Split]:
-    """Draw `share` of each class out of `pool`: (the rest, the drawn), at least one image a class in both."""
-    drawn = torch.zeros(len(pool), dtype=torch.bool)
-    for index, class_name in enumerate(classes):
-        members = (pool.labels == index).nonzero().flatten()
+    indices: Tensor, labels: Tensor, share: float, generator: torch.Generator, classes: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Draw `share` of each class out of `indices`: (the rest, the drawn), at least one of a class in both."""
+    drawn = torch.zeros(len(indices), dtype=torch.bool)
+    for index, name in enumerate(classes):
+        members = (labels[indices] == index).nonzero().flatten()
         if len(members) < 2:
             raise UserError(
-                f"images of class {class_name}",
-                expected="at least 3, or 2 beside a test/ folder, so that every split has one",
-                got=f"{len(members)} left to split by {name}",
+                f"images of class {name}",
+                expected="at least 3 (2 in train/ beside a test/ folder), so that every split has one",
+                got="fewer",
                 remedy="add images of this class",
             )
         count = min(max(1, round(share * len(members))), len(members) - 1)
-        drawn[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return pool.take((~drawn).nonzero().flatten()), pool.take(drawn.nonzero().flatten())
+        drawn[_shuffled(members, generator)[:count]] = True
+    return indices[~drawn], indices[drawn]
+
+
+def _shuffled(indices: Tensor, generator: torch.Generator) -> Tensor:
+    return indices[torch.randperm(len(indices), generator=generator)]
 
 
 def _in_turn(labels: Tensor, generator: torch.Generator) -> Tensor:

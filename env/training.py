@@ -10,7 +10,6 @@ them never meets odd strides.
 
 import json
 import logging
-import pickle
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -94,7 +93,7 @@ def evaluate(
     """Judge `network` in eval mode on `split` (same device); its modes are then as they were before."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
-    right = loss = torch.zeros((), dtype=torch.float64)
+    right = loss = torch.zeros((), dtype=torch.float64, device=split.images.device)
     try:
         with torch.inference_mode():
             for start in range(0, len(split), batch_size):
@@ -102,8 +101,8 @@ def evaluate(
                 labels = split.labels[start : start + batch_size]
                 with _autocast(images.device, precision):
                     logits = network(images).float()
-                right = right + (logits.argmax(1) == labels).sum().cpu()
-                loss = loss + F.cross_entropy(logits, labels, reduction="sum").cpu()
+                right = right + (logits.argmax(1) == labels).sum()
+                loss = loss + F.cross_entropy(logits, labels, reduction="sum")
     finally:
         for module, training in modes:
             module.training = training
@@ -394,16 +393,9 @@ def _restore(run: _Run, path: Path, identity: dict[str, str]) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True)
         _check_identity(path, state["identity"], identity)
         run.load_state_dict(state)
-    except (
-        OSError,
-        EOFError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-    ) as error:
+    except UserError:
+        raise
+    except Exception as error:  # foreign bytes make torch's unpickler raise nearly anything
         _LOG.warning("checkpoint %s is broken (%s): training starts again", path, error)
         run.load_state_dict(before)
 

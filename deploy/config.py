@@ -1,0 +1,170 @@
+"""One tree of frozen, validated dataclasses from TOML. Each room owns its own part; this file only composes them."""
+
+import dataclasses
+import difflib
+import tomllib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from actors.schedule import ScheduleConfig
+from agents.controller import ControllerConfig
+from env.compression import EpisodeConfig
+from env.data import DataConfig
+from env.errors import UserError
+from env.networks import NetworkConfig
+from env.training import TrainConfig
+from learner.learner import LearnerConfig
+from learner.replay.replay import ReplayConfig
+from learner.sequence import SequenceConfig
+
+__all__ = ["CampaignConfig", "ClusterConfig", "dump", "load", "parse"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where the campaign runs. Redis's URL is not here: it may hold a password, and this is written to disk."""
+
+    ray_address: str = ""  # "" starts a local Ray; else the address of a running cluster, or "auto"
+    gpus_per_actor: float = 0.0
+    cpus_per_actor: float = 1.0
+    threads_per_actor: int = 1  # of torch; 0 leaves torch's own choice
+    dashboard: bool = True  # of a local Ray
+    lease_s: float = 300.0  # an episode whose actor says nothing for so long is given to another
+
+    def __post_init__(self) -> None:
+        """Check every value; raises UserError."""
+        for name, least in {"gpus_per_actor": 0, "cpus_per_actor": 0, "threads_per_actor": 0, "lease_s": 1}.items():
+            if getattr(self, name) < least:
+                raise UserError(
+                    f"cluster.{name}", expected=f"at least {least}", got=repr(getattr(self, name)), remedy="raise it"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CampaignConfig:
+    """Everything that a campaign is, section by section."""
+
+    seed: int = 0
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    baseline: TrainConfig = field(default_factory=TrainConfig)  # training from scratch, where no weights are given
+    episode: EpisodeConfig = field(default_factory=EpisodeConfig)
+    search: ScheduleConfig = field(default_factory=ScheduleConfig)
+    controller: ControllerConfig = field(default_factory=ControllerConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    recovery: TrainConfig = field(default_factory=TrainConfig)  # of the chosen networks, at the end
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
+    """Read a TOML file and apply `a.b=c` overrides.
+
+    Raises:
+        UserError: the file is missing or no TOML; a key is unknown or a value ill-typed or out of range.
+
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(
+            f"config {path}", expected="a TOML file", got=error.strerror or str(error), remedy="check the path"
+        ) from error
+    return parse(text, overrides, name=str(path))
+
+
+def parse(text: str, overrides: Sequence[str] = (), *, name: str = "config") -> CampaignConfig:
+    """The configuration in TOML text; see `load`."""
+    try:
+        tree: dict[str, Any] = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(name, expected="TOML", got=str(error), remedy="mend that line") from error
+    for override in overrides:
+        _override(tree, override)
+    config = _build(CampaignConfig, tree, "")
+    assert isinstance(config, CampaignConfig)
+    return config
+
+
+def dump(config: CampaignConfig) -> str:
+    """The configuration as TOML, every value written out; `parse` gives it back."""
+    return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c`; c is TOML, or a plain string where it is not."""
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise UserError("--set", expected="section.key=value", got=repr(override), remedy="e.g. --set search.actors=4")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for key in keys[:-1]:
+        tree = tree.setdefault(key, {})
+        if not isinstance(tree, dict):
+            raise UserError(f"--set {path}", expected="a section before the dot", got=key, remedy="check the key")
+    tree[keys[-1]] = value
+
+
+def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
+    """A dataclass from a TOML table; unknown keys are errors."""
+    hints = typing.get_type_hints(kind)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1)
+            raise UserError(
+                f"key {path}{key}",
+                expected=f"one of {', '.join(hints)}",
+                got=repr(key),
+                remedy=f"did you mean {path}{near[0]}?" if near else "remove it",
+            )
+    values = {key: _value(hints[key], value, f"{path}{key}") for key, value in tree.items()}
+    try:
+        return kind(**values)
+    except UserError as error:  # a TrainConfig does not know whether it is the baseline's or the recovery's
+        section = path.rstrip(".")
+        what = (
+            f"{section}.{error.what.partition('.')[2]}" if error.what.startswith("train.") and section else error.what
+        )
+        raise UserError(what, expected=error.expected, got=error.got, remedy=error.remedy) from None
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise UserError(f"key {path}", expected="a section", got=repr(value), remedy=f"write [{path}]")
+        return _build(hint, value, f"{path}.")
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise UserError(f"key {path}", expected="a list", got=repr(value), remedy=f"write {path} = [...]")
+        return tuple(_value(typing.get_args(hint)[0], item, path) for item in value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if isinstance(hint, types.UnionType) or type(value) is not hint:
+        name = getattr(hint, "__name__", str(hint))
+        raise UserError(
+            f"key {path}",
+            expected=_NAMES.get(name, name),
+            got=f"{value!r}",
+            remedy=f"give it as {_NAMES.get(name, name)}",
+        )
+    return value
+
+
+_NAMES = {"int": "a whole number", "float": "a number", "str": "a string", "bool": "true or false"}

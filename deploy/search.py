@@ -1,0 +1,299 @@
+"""The second stage: episodes. Starts or finds Redis, starts the learner and the players on Ray, and watches.
+
+Its products are `episodes.jsonl`, `frontier.json` and the best network of each group and target in `candidates/`.
+The driver holds nothing that Redis or the folder does not: kill it, and `zeroout resume` runs this stage again.
+"""
+
+import contextlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+import ray.exceptions
+
+from actors.player import Brief
+from actors.ray_actors import start_learner, start_player
+from deploy.config import CampaignConfig, dump
+from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
+from deploy.frontier import frontier
+from deploy.prepare import Baseline
+from deploy.progress import ActorLine, Progress, SearchSnapshot
+from deploy.redis_server import EmbeddedServer
+from env.compact_file import network_to_bytes
+from env.data import Dataset
+from env.errors import UserError, ZerooutError
+from learner.replay.connection import check_server, connect, retrying
+from learner.replay.ledger import Ledger
+
+__all__ = ["candidate_path", "search"]
+
+_POLL_S = 0.5
+_OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
+_MAX_FAILURES = 5  # of one worker without an episode or an update in between
+_STOP_S = 60.0
+
+
+def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
+    """Where the best network of a group at a target is kept."""
+    return folder.path / "candidates" / f"{group}-{target}.safetensors"
+
+
+def search(
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    dataset: Dataset,
+    baseline: Baseline,
+    *,
+    redis_url: str,
+    progress: Progress,
+) -> None:
+    """Play all episodes that are not yet recorded in the folder."""
+    if _finished(folder, config):
+        return
+    progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
+    with contextlib.ExitStack() as stack:
+        if not redis_url:
+            redis_url = stack.enter_context(EmbeddedServer(folder.redis)).url
+            progress.note("Redis: a server of this campaign's own; actors on other hosts cannot reach it (see --redis)")
+        client = connect(redis_url)
+        stack.callback(client.close)
+        check_server(client, redis_url)
+        brief = _brief(config, dataset, baseline, redis_url, prefix=f"zeroout:{_identity(folder)}")
+        ledger = Ledger(client, brief.prefix)
+        _open(ledger, folder, config)
+        stack.enter_context(_ray(config, progress))
+        _Watch(folder, config, brief, dataset, ledger, progress).run()
+        _keep_candidates(ledger, folder, config)
+    _write_frontier(folder, config)
+
+
+def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
+    """Whether every episode is recorded and every group's networks are kept."""
+    if len(folder.read_episodes()) < config.search.total or not folder.frontier_json.is_file():
+        return False
+    kept = read_json(folder.frontier_json).get("candidates", [])
+    return bool(kept) and all((folder.path / name).is_file() for name in kept)
+
+
+def _identity(folder: CampaignFolder) -> str:
+    """A name for this campaign's keys in Redis, drawn once and kept in the folder."""
+    path = folder.path / "id"
+    if not path.is_file():
+        write_atomic(path, uuid.uuid4().hex[:16])
+    return path.read_text().strip()
+
+
+def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str, *, prefix: str) -> Brief:
+    return Brief(
+        form=baseline.form,
+        baseline=network_to_bytes(baseline.network, baseline.form),
+        image_shape=dataset.image_shape,
+        given_parameters=baseline.parameters,
+        data=config.data,
+        episode=config.episode,
+        controller=config.controller,
+        sequences=config.sequence,
+        learner=config.learner,
+        replay=config.replay,
+        schedule=config.search,
+        seed=config.seed,
+        redis_url=redis_url,
+        prefix=prefix,
+        lease_s=config.cluster.lease_s,
+    )
+
+
+def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
+    """Bring Redis and the folder to the same episodes; whoever held one before this driver is gone."""
+    ledger.open(dump(config), config.search.total)
+    ledger.restore([json.dumps(record) for record in folder.read_episodes()])
+    ledger.clear_stop()
+    for episode, owner in ledger.in_flight():
+        ledger.release(episode, owner)
+
+
+@contextlib.contextmanager
+def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
+    """A connection to Ray, or a local Ray with room for every player."""
+    local = not config.cluster.ray_address
+    needed = max(os.cpu_count() or 1, round(config.search.actors * config.cluster.cpus_per_actor))
+    options: dict[str, Any] = (
+        {"num_cpus": needed, "include_dashboard": config.cluster.dashboard}
+        if local
+        else {"address": config.cluster.ray_address}
+    )
+    context = ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **options)
+    if context.dashboard_url:
+        progress.note(f"Ray dashboard: http://{context.dashboard_url}")
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@dataclass
+class _Worker:
+    """A Ray actor, the call that is running on it, and how often that failed without progress in between."""
+
+    handle: Any
+    call: Any
+    failures: int = 0
+    progress_at_failure: int = -1
+
+
+@dataclass
+class _Watch:
+    """The driver's loop: starts the workers, mirrors records into the folder, calls the dead back to work."""
+
+    folder: CampaignFolder
+    config: CampaignConfig
+    brief: Brief
+    dataset: Dataset
+    ledger: Ledger
+    progress: Progress
+    records: list[dict[str, Any]] = field(default_factory=list)
+    read: int = 0
+    started: float = field(default_factory=time.monotonic)
+    workers: dict[str, _Worker] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self.records = self.folder.read_episodes()
+        self.before = len(self.records)
+        self._start_workers()
+        try:
+            while self._remaining() > 0:
+                ray.wait([worker.call for worker in self.workers.values()], timeout=_POLL_S)
+                self._mirror()
+                self._revive()
+                self.progress.search(self._snapshot())
+        finally:
+            self._stop()
+        self._mirror()
+
+    def _start_workers(self) -> None:
+        cluster, namespace = self.config.cluster, self.brief.prefix
+        brief, images = ray.put(self.brief), ray.put(self.dataset)
+        learner = start_learner(
+            brief, self.folder.checkpoints.resolve(), threads=cluster.threads_per_actor, namespace=namespace
+        )
+        self.workers["learner"] = _Worker(learner, learner.run.remote())
+        for number in range(self.config.search.actors):
+            name = f"actor-{number}"
+            player = start_player(
+                name,
+                brief,
+                images,
+                gpus=cluster.gpus_per_actor,
+                cpus=cluster.cpus_per_actor,
+                threads=cluster.threads_per_actor,
+                namespace=namespace,
+            )
+            self.workers[name] = _Worker(player, player.run.remote())
+
+    def _remaining(self) -> int:
+        return int(retrying(self.ledger.remaining, deadline_s=_OUTAGE_S))
+
+    def _mirror(self) -> None:
+        """Write the episodes that Redis has and the folder has not."""
+        new = [json.loads(text) for text in retrying(lambda: self.ledger.records(self.read), deadline_s=_OUTAGE_S)]
+        self.read += len(new)
+        known = {record["id"] for record in self.records}
+        fresh = [record for record in new if record["id"] not in known]
+        if fresh:
+            self.folder.append_episode(fresh)
+            self.records += fresh
+            _write_frontier(self.folder, self.config)
+
+    def _revive(self) -> None:
+        """Call a worker that died back to work; Ray has restarted its process."""
+        for name, worker in self.workers.items():
+            finished, _ = ray.wait([worker.call], timeout=0)
+            if not finished:
+                continue
+            try:
+                ray.get(worker.call)
+            except ray.exceptions.RayActorError as error:
+                self._count_failure(name, worker, error)
+                self.progress.note(f"{name} died and was started again")
+                worker.call = worker.handle.run.remote()
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause
+                if isinstance(cause, ZerooutError):
+                    raise cause from None
+                self._count_failure(name, worker, error)
+                self.progress.note(f"{name} failed ({type(cause).__name__}: {cause}) and goes on")
+                worker.call = worker.handle.run.remote()
+
+    def _count_failure(self, name: str, worker: _Worker, error: Exception) -> None:
+        worker.failures = worker.failures + 1 if worker.progress_at_failure == len(self.records) else 1
+        worker.progress_at_failure = len(self.records)
+        if worker.failures > _MAX_FAILURES:
+            raise ZerooutError(
+                f"{name} failed {worker.failures} times without an episode in between: {error}"
+            ) from error
+
+    def _stop(self) -> None:
+        """Ask everyone to stop and give the learner time for its last checkpoint."""
+        with contextlib.suppress(Exception):  # the reason for stopping may be that Redis is gone
+            self.ledger.request_stop()
+            ray.wait([self.workers["learner"].call], timeout=_STOP_S)
+
+    def _snapshot(self) -> SearchSnapshot:
+        elapsed = time.monotonic() - self.started
+        played, total = len(self.records) - self.before, self.config.search.total
+        left = (total - len(self.records)) * elapsed / played if played else None
+        beats = {name: json.loads(text) for name, text in self.ledger.beats().items()}
+        learner = beats.get("learner", {})
+        return SearchSnapshot(
+            done=len(self.records),
+            total=total,
+            actors=[self._actor_line(name, beats.get(name, {})) for name in self.workers if name != "learner"],
+            learner_updates=learner.get("updates", 0),
+            learner_loss=learner.get("loss"),
+            replay_size=learner.get("replay", 0),
+            best=_best(self.records, self.config.episode.targets),
+            seconds_elapsed=elapsed,
+            seconds_left=left,
+        )
+
+    def _actor_line(self, name: str, beat: dict[str, Any]) -> ActorLine:
+        mine = [record for record in self.records if record["actor"] == name]
+        busy = sum(record["seconds"] for record in mine)
+        state = f"episode {beat['episode']}, step {beat['step']}" if beat else "starting"
+        rate = 60.0 * len(mine) / busy if busy else 0.0
+        return ActorLine(name=name, episodes=len(mine), episodes_per_minute=rate, state=state)
+
+
+def _best(records: list[dict[str, Any]], targets: tuple[float, ...]) -> list[tuple[float, str, float, float]]:
+    rows = [(row["target"], row["best"]) for row in frontier(records, targets) if row["best"]]
+    return [(target, best["policy"], best["cross_entropy"], best["accuracy"]) for target, best in rows]
+
+
+def _write_frontier(folder: CampaignFolder, config: CampaignConfig) -> None:
+    rows = frontier(folder.read_episodes(), config.episode.targets)
+    kept = sorted(str(path.relative_to(folder.path)) for path in (folder.path / "candidates").glob("*.safetensors"))
+    write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows, "candidates": kept})
+
+
+def _keep_candidates(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
+    """Write the best network of each group and target from Redis into the folder."""
+    (folder.path / "candidates").mkdir(exist_ok=True)
+    for group in config.search.groups:
+        for target in config.episode.targets:
+            best = ledger.best(f"{group}/{target}")
+            if best is None:
+                raise UserError(
+                    f"target {target} of group {group}",
+                    expected="at least one episode that reached it",
+                    got="none",
+                    remedy="raise episode.max_steps, or lower episode.step_learning_rate if networks collapsed",
+                )
+            path = candidate_path(folder, group, target)
+            write_json(path.with_suffix(".json"), json.loads(best.meta))
+            write_atomic(path, best.payload)

@@ -1,0 +1,174 @@
+"""The way to the server: clients, outages that outlast redis-py's own retries, and the check at the start.
+
+Called by everything that holds a `redis.Redis`; the rest of `learner/replay/` takes a client and shares the two
+helpers at the end (names under one hash tag, scripts from this package).
+"""
+
+import logging
+import re
+import time
+from collections.abc import Callable
+from importlib import resources
+from typing import TypeVar
+
+import redis
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.commands.core import Script
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    NoPermissionError,
+    OutOfMemoryError,
+    RedisError,
+    ResponseError,
+)
+from redis.retry import Retry
+
+from env.errors import UserError
+
+__all__ = ["check_server", "connect", "namespace", "redact", "retrying", "script"]
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+# OutOfMemoryError is back-pressure: it ends when something is deleted. BusyLoadingError ends by itself.
+_PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError)
+# redis-py derives these two from ConnectionError, but no waiting mends them.
+_LASTING = (AuthenticationError, AuthorizationError)
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+
+
+def connect(url: str) -> redis.Redis:
+    """Return a client of bytes for redis://, rediss:// or unix:// (lazy: nothing is sent yet).
+
+    It waits 5 s for a connection and 10 s for an answer, and repeats a failed command 5 times within about 2 s,
+    so whatever is sent must be idempotent. Raises UserError when the URL is not one.
+    """
+    backoff = ExponentialWithJitterBackoff(base=_FIRST_PAUSE_S, cap=0.5)
+    try:
+        return redis.Redis.from_url(
+            url,
+            socket_connect_timeout=5,
+            socket_timeout=10,
+            health_check_interval=30,
+            retry=Retry(backoff, 5, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
+        )
+    except ValueError as error:
+        raise UserError(
+            "the Redis URL",
+            expected="redis://, rediss:// or unix://",
+            got=f"{redact(url)!r} ({redact(str(error))})",
+            remedy="give --redis redis://HOST:PORT/0",
+        ) from None
+
+
+def redact(url: str) -> str:
+    """Return the URL with its password, in either place where redis-py takes one, replaced by `***`."""
+    url = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url)
+    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", url)
+
+
+def retrying(call: Callable[[], _T], deadline_s: float, *, url: str) -> _T:
+    """Return `call()`, repeated with growing pauses while the server is away, loading or full.
+
+    `call` must be idempotent. Raises UserError with the redacted URL when it still fails `deadline_s` seconds
+    after the start or the server refuses the password; every other error of `call` passes through.
+    """
+    start, pause_s, failures = time.monotonic(), _FIRST_PAUSE_S, 0
+    while True:
+        try:
+            result = call()
+        except _LASTING as error:
+            raise _refused(url, error) from error
+        except _PASSING as error:
+            failures += 1
+            waited_s = time.monotonic() - start
+            if waited_s + pause_s > deadline_s:
+                raise _lost(url, error, waited_s) from error
+            if failures == 1:
+                _log.warning("Redis at %s: %s; trying again for %.0f s", redact(url), error, deadline_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        else:
+            if failures:
+                _log.warning("Redis at %s answers again after %.1f s", redact(url), time.monotonic() - start)
+            return result
+
+
+def check_server(client: redis.Redis, url: str) -> None:
+    """Raise UserError unless the server answers, takes the password, and never evicts keys by itself.
+
+    `url` is only for the message. A user who may not read the policy is trusted, with a warning in the log.
+    """
+    try:
+        client.ping()
+        policy = _eviction_policy(client)
+    except _LASTING as error:
+        raise _refused(url, error) from error
+    except RedisError as error:
+        raise _refused(url, error) if "NOAUTH" in str(error) else _lost(url, error, 0.0) from error
+    if policy is None:
+        _log.warning("Redis at %s: may not read maxmemory-policy; it must be noeviction", redact(url))
+    elif policy != "noeviction":
+        raise UserError(
+            f"Redis at {redact(url)}",
+            expected="maxmemory-policy noeviction",
+            got=policy,
+            remedy="it may drop episodes: CONFIG SET maxmemory-policy noeviction, or give another --redis",
+        )
+
+
+def namespace(prefix: str) -> str:
+    """Return `{prefix}`: all keys of a campaign carry this hash tag, so that one script may touch them all."""
+    if not prefix or set(prefix) & set("{} \n\r\t"):
+        raise UserError(
+            "the Redis prefix",
+            expected="a name without braces or blanks",
+            got=repr(prefix),
+            remedy="give another prefix",
+        )
+    return f"{{{prefix}}}"
+
+
+def script(client: redis.Redis, *names: str) -> Script:
+    """Return the Lua files `names` of this package, joined in that order, as one script (sent once, then by hash)."""
+    folder = resources.files(__package__)
+    return client.register_script("\n".join((folder / name).read_text("utf-8") for name in names))
+
+
+def _eviction_policy(client: redis.Redis) -> str | None:
+    """Return maxmemory-policy, or None where the user may ask neither way (both are "dangerous" to ACLs)."""
+    try:
+        return str(client.info("memory")["maxmemory_policy"])
+    except (NoPermissionError, KeyError):
+        pass
+    try:
+        answer = client.config_get("maxmemory-policy")
+    except (NoPermissionError, ResponseError):
+        return None
+    policy = next(iter(answer.values()), None)
+    return policy.decode() if isinstance(policy, bytes) else policy
+
+
+def _refused(url: str, error: Exception) -> UserError:
+    return UserError(
+        f"Redis at {redact(url)}",
+        expected="that it accepts the user and password",
+        got=_one_line(error),
+        remedy="give --redis redis://USER:PASSWORD@HOST:PORT/0",
+    )
+
+
+def _lost(url: str, error: Exception, waited_s: float) -> UserError:
+    after = f" for {waited_s:.0f} s" if waited_s >= 1 else ""
+    return UserError(
+        f"Redis at {redact(url)}",
+        expected="a server that answers and has memory left",
+        got=f"{_one_line(error)}{after}",
+        remedy="start it or make room, then resume the campaign",
+    )
+
+
+def _one_line(error: Exception) -> str:
+    return redact(" ".join(str(error).split())) or type(error).__name__

