@@ -23,20 +23,19 @@ _WAIT_S = 0.2
 class _EpisodeActor:
     """Plays episodes until the campaign is over."""
 
-    def __init__(self, name: str, brief: Brief, dataset: Dataset, device: str, threads: int) -> None:
+    def __init__(self, name: str, device: str, threads: int) -> None:
         _prepare_process(threads)
-        self._name = name
-        self._player = Player(name, brief, dataset, device=device)
+        self._name, self._device = name, device
 
     def __repr__(self) -> str:
         return f"EpisodeActor({self._name})"
 
-    def run(self) -> int:
+    def run(self, brief: Brief, dataset: Dataset) -> int:
         """Play until nothing is left to claim or in flight; returns the episodes played."""
-        played = 0
-        ledger = self._player.services.ledger
+        player = Player(self._name, brief, dataset, device=self._device)
+        ledger, played = player.services.ledger, 0
         while not ledger.stop_requested() and ledger.remaining() > 0:
-            record = self._player.play()
+            record = player.play()
             if record is None:
                 time.sleep(_WAIT_S)
                 continue
@@ -46,37 +45,34 @@ class _EpisodeActor:
 
 
 class _LearnerActor:
-    """Trains the Controller until it is asked to stop."""
+    """Trains the Controller until its episodes are played."""
 
-    def __init__(self, brief: Brief, checkpoints: str, threads: int) -> None:
+    def __init__(self, checkpoints: str, threads: int) -> None:
         _prepare_process(threads)
-        self._trainer = Trainer(brief, Path(checkpoints))
+        self._checkpoints = Path(checkpoints)
 
     def __repr__(self) -> str:
         return "Learner"
 
-    def run(self) -> int:
-        """Learn until the campaign asks to stop; returns the number of updates."""
-        return self._trainer.run()
+    def run(self, brief: Brief) -> int:
+        """Learn until the Controller's own episodes are played; returns the number of updates."""
+        return Trainer(brief, self._checkpoints).run()
 
 
-def start_player(
-    name: str, brief: Any, dataset: Any, *, gpus: float, cpus: float, threads: int, namespace: str
-) -> ray.actor.ActorHandle:
-    """Start a player; `brief` and `dataset` are values or Ray references to them."""
-    device = "cuda" if gpus else "cpu"
+def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:
+    """Start a player's process; it waits for `run`."""
     shell = ray.remote(_EpisodeActor).options(
         name=name, namespace=namespace, num_gpus=gpus, num_cpus=cpus, max_restarts=-1, max_task_retries=0
     )
-    return shell.remote(name, brief, dataset, device, threads)
+    return shell.remote(name, "cuda" if gpus else "cpu", threads)
 
 
-def start_learner(brief: Any, checkpoints: Path, *, threads: int, namespace: str) -> ray.actor.ActorHandle:
-    """Start the learner; it asks for no core of its own, so that a laptop has room for the players."""
+def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
+    """Start the learner's process; it asks for no core of its own, so that a laptop has room for the players."""
     shell = ray.remote(_LearnerActor).options(
         name="learner", namespace=namespace, num_cpus=0, max_restarts=-1, max_task_retries=0
     )
-    return shell.remote(brief, str(checkpoints), threads)
+    return shell.remote(str(checkpoints), threads)
 
 
 def _prepare_process(threads: int) -> None:

@@ -127,7 +127,7 @@ def learning_image(records: Sequence[Record], *, dark: bool = False) -> bytes:
 def _figure(dark: bool) -> tuple[Figure, Axes, _Theme]:
     theme = _DARK if dark else _LIGHT
     figure = Figure(
-        figsize=(9, 5.6), dpi=_DPI, facecolor=theme.paper, layout=ConstrainedLayoutEngine(h_pad=0.14, w_pad=0.14)
+        figsize=(9, 5.6), dpi=_DPI, facecolor=theme.paper, layout=ConstrainedLayoutEngine(h_pad=0.08, w_pad=0.12)
     )
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(facecolor=theme.paper)

@@ -101,7 +101,8 @@ class EmbeddedServer:
         self._stop()
 
     def _wait_until_ready(self) -> None:
-        assert self._supervisor is not None and self._socket is not None
+        assert self._supervisor is not None
+        assert self._socket is not None
         deadline = time.monotonic() + _START_WAIT_S
         while self._supervisor.poll() is None:
             with contextlib.suppress(OSError):

@@ -143,8 +143,8 @@ class _Worker:
 
     handle: Any
     call: Any
-    failures: int = 0
-    progress_at_failure: int = -1
+    failures: int
+    records_at_call: int
 
 
 @dataclass
@@ -163,6 +163,7 @@ class _Watch:
     workers: dict[str, _Worker] = field(default_factory=dict)
 
     def run(self) -> None:
+        """Watch until every episode is recorded."""
         self.records = self.folder.read_episodes()
         self.before = len(self.records)
         self._start_workers()
@@ -178,30 +179,33 @@ class _Watch:
 
     def _start_workers(self) -> None:
         cluster, namespace = self.config.cluster, self.brief.prefix
-        brief, images = ray.put(self.brief), ray.put(self.dataset)
-        learner = start_learner(
-            brief, self.folder.checkpoints.resolve(), threads=cluster.threads_per_actor, namespace=namespace
-        )
-        self.workers["learner"] = _Worker(learner, learner.run.remote())
+        # References are arguments of `run`, not of the constructor: Ray can only restart an actor whose own are small.
+        self.brief_ref, self.images_ref = ray.put(self.brief), ray.put(self.dataset)
+        self._call("learner", start_learner(self.folder.checkpoints.resolve(), cluster.threads_per_actor, namespace))
         for number in range(self.config.search.actors):
             name = f"actor-{number}"
             player = start_player(
                 name,
-                brief,
-                images,
                 gpus=cluster.gpus_per_actor,
                 cpus=cluster.cpus_per_actor,
                 threads=cluster.threads_per_actor,
                 namespace=namespace,
             )
-            self.workers[name] = _Worker(player, player.run.remote())
+            self._call(name, player)
+
+    def _call(self, name: str, handle: Any) -> None:
+        """Set a worker to work, for the first time or again after its process was restarted."""
+        failures = self.workers[name].failures if name in self.workers else 0
+        arguments = (self.brief_ref,) if name == "learner" else (self.brief_ref, self.images_ref)
+        self.workers[name] = _Worker(handle, handle.run.remote(*arguments), failures, len(self.records))
 
     def _remaining(self) -> int:
-        return int(retrying(self.ledger.remaining, deadline_s=_OUTAGE_S))
+        return retrying(self.ledger.remaining, _OUTAGE_S, url=self.brief.redis_url)
 
     def _mirror(self) -> None:
         """Write the episodes that Redis has and the folder has not."""
-        new = [json.loads(text) for text in retrying(lambda: self.ledger.records(self.read), deadline_s=_OUTAGE_S)]
+        texts = retrying(lambda: self.ledger.records(self.read), _OUTAGE_S, url=self.brief.redis_url)
+        new = [json.loads(text) for text in texts]
         self.read += len(new)
         known = {record["id"] for record in self.records}
         fresh = [record for record in new if record["id"] not in known]
@@ -212,31 +216,26 @@ class _Watch:
 
     def _revive(self) -> None:
         """Call a worker that died back to work; Ray has restarted its process."""
-        for name, worker in self.workers.items():
+        for name, worker in list(self.workers.items()):
             finished, _ = ray.wait([worker.call], timeout=0)
             if not finished:
                 continue
             try:
                 ray.get(worker.call)
-            except ray.exceptions.RayActorError as error:
-                self._count_failure(name, worker, error)
-                self.progress.note(f"{name} died and was started again")
-                worker.call = worker.handle.run.remote()
             except ray.exceptions.RayTaskError as error:
-                cause = error.cause
-                if isinstance(cause, ZerooutError):
-                    raise cause from None
-                self._count_failure(name, worker, error)
-                self.progress.note(f"{name} failed ({type(cause).__name__}: {cause}) and goes on")
-                worker.call = worker.handle.run.remote()
+                if isinstance(error.cause, ZerooutError):
+                    raise error.cause from None
+                self._again(name, worker, f"failed ({type(error.cause).__name__}: {error.cause})")
+            except ray.exceptions.RayActorError:
+                self._again(name, worker, "died")
 
-    def _count_failure(self, name: str, worker: _Worker, error: Exception) -> None:
-        worker.failures = worker.failures + 1 if worker.progress_at_failure == len(self.records) else 1
-        worker.progress_at_failure = len(self.records)
-        if worker.failures > _MAX_FAILURES:
-            raise ZerooutError(
-                f"{name} failed {worker.failures} times without an episode in between: {error}"
-            ) from error
+    def _again(self, name: str, worker: _Worker, what: str) -> None:
+        failures = worker.failures + 1 if worker.records_at_call == len(self.records) else 1
+        if failures > _MAX_FAILURES:
+            raise ZerooutError(f"{name} {what}, {failures} times without an episode in between")
+        self.progress.note(f"{name} {what}; it is started again")
+        worker.failures = failures
+        self._call(name, worker.handle)
 
     def _stop(self) -> None:
         """Ask everyone to stop and give the learner time for its last checkpoint."""

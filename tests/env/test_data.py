@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import logging
 import os
@@ -125,7 +126,7 @@ def test_gray_folders_have_one_channel_and_mixed_ones_three(folder: Path, load: 
     picture(folder / "dog" / "39.png", 100)
     data = load(folder)
     assert data.image_shape == (3, 5, 7)
-    assert set(data.train.images.unique().tolist()) <= {9, 100}
+    assert set(data.train.images.flatten().tolist()) <= {9, 100}
 
 
 @pytest.mark.parametrize("mode", ["1", "LA", "P", "RGBA", "CMYK"])
@@ -165,7 +166,7 @@ def test_a_changed_file_or_size_is_decoded_again(folder: Path, load: Callable[..
     picture(folder / "cat" / "00.png", 77)
     os.utime(folder / "cat" / "00.png", ns=(1, 1))
     data = load(folder)
-    assert 77 in torch.cat([data.train.images, data.validation.images, data.test.images]).unique()
+    assert 77 in torch.cat([data.train.images, data.validation.images, data.test.images])
     assert load(folder, image_size=3).image_shape == (3, 3, 3)
 
 
@@ -182,8 +183,8 @@ def test_a_broken_cache_is_made_again_and_said_so(
     content = bytearray(cached.read_bytes())
     if damage == "flipped bit":
         content[-9] ^= 1
-    broken = {"truncated": content[:99], "flipped bit": content, "other content": b"nonsense"}[damage]
-    cached.write_bytes(broken)
+    broken = {"truncated": content[:99], "flipped bit": content, "other content": bytearray(b"nonsense")}
+    cached.write_bytes(broken[damage])
     with caplog.at_level(logging.WARNING):
         again = load(folder)
     assert "is broken" in caplog.text
@@ -408,9 +409,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     path = tmp_path / "file"
     with replace_file(path) as temporary:
         temporary.write_text("old")
-    with pytest.raises(RuntimeError), replace_file(path) as temporary:
+    with contextlib.suppress(KeyboardInterrupt), replace_file(path) as temporary:
         temporary.write_text("new")
-        raise RuntimeError
+        raise KeyboardInterrupt
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
