@@ -125,8 +125,10 @@ class Player:
         self._give_back()
 
     def play(self) -> dict[str, Any] | None:
-        """Claim and play one episode; returns its record, or None when there is nothing to claim now."""
+        """Claim and play one episode; returns its record, or None when there is nothing to play now."""
         ledger = self.services.ledger
+        if self._learner_is_behind():
+            return None
         claimed = ledger.claim(self.name, self.brief.lease_s)
         if claimed is None:
             return None
@@ -146,6 +148,12 @@ class Player:
         record = self._record(chosen, played, offsets, time.perf_counter() - since)
         ledger.complete(claimed, json.dumps(record), list(self._candidates(chosen, played)))
         return record
+
+    def _learner_is_behind(self) -> bool:
+        """Whether the replay's rate limiter holds the actors back; controls need no learner."""
+        schedule = self.brief.schedule
+        searching = self.services.ledger.remaining() > schedule.total - schedule.per_group
+        return searching and self.services.replay.stats().actors_waiting
 
     def _give_back(self) -> None:
         """Return what an earlier life of this actor had claimed."""

@@ -1,24 +1,37 @@
 """A campaign: prepare, search, recover, export, report. Resume is running the same stages again."""
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
-from deploy.config import CampaignConfig
+from deploy.config import CampaignConfig, dump
 from deploy.export import export
-from deploy.folder import CampaignFolder
-from deploy.prepare import prepare
+from deploy.folder import CampaignFolder, versions, write_json
+from deploy.prepare import preflight, prepare
 from deploy.progress import Progress
 from deploy.recover import recover, write_result
 from deploy.report import write_report
 from deploy.search import search
+from learner.replay.connection import check_server, connect
 
 __all__ = ["run_campaign"]
 
 
-def run_campaign(
-    folder: CampaignFolder, config: CampaignConfig, *, redis_url: str, progress: Progress
-) -> dict[str, Any]:
-    """Run every stage whose product is not there yet; returns what result.json holds."""
-    dataset, baseline = prepare(folder, config, progress)
+def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress: Progress) -> dict[str, Any]:
+    """Run every stage whose product is not there yet; returns what result.json holds.
+
+    Whatever a user can get wrong is looked at first, before the folder is made or anything in it is touched.
+    """
+    folder = CampaignFolder.check(out, dump(config))
+    if redis_url:
+        with contextlib.closing(connect(redis_url)) as client:
+            check_server(client, redis_url)
+    progress.stage("prepare", "images")
+    dataset = preflight(config)
+    folder = CampaignFolder.create(out, dump(config))
+    if not folder.versions_json.is_file():
+        write_json(folder.versions_json, versions())
+    baseline = prepare(folder, config, dataset, progress)
     search(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
     recover(folder, config, dataset, baseline, progress)
     result = write_result(folder, config, dataset, baseline, progress)

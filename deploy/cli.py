@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deploy.folder import CampaignFolder, versions, write_json
+from deploy.folder import CampaignFolder
 from env.errors import UserError, ZerooutError
 
 __all__ = ["app", "main"]
@@ -28,6 +28,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress a trained convolutional network by removing whole filters, chosen by a recurrent Q-learner.",
 )
+_INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
+_PLAIN_WIDTH = 120  # characters, where the output is not a terminal
 _DEFAULT_CONFIG = Path(__file__).parent / "campaigns" / "digits.toml"
 
 ConfigArgument = Annotated[
@@ -74,16 +76,14 @@ def run(
     Examples: `zeroout run --out runs/demo` compresses a small network on embedded digits;
     `zeroout run deploy/campaigns/vgg16-quarter-cifar10.toml --set data.path=images --out runs/vgg`.
     """
-    from deploy.config import dump, load
+    from deploy.config import load
 
     extra = list(overrides or [])
     if controls:
         extra.append('search.controls=["random", "taylor", "cem", "untrained"]')
     if ray_address:
         extra.append(f"cluster.ray_address={json.dumps(ray_address)}")
-    chosen = load(config or _DEFAULT_CONFIG, extra)
-    folder = CampaignFolder.create(out, dump(chosen))
-    _campaign(folder, chosen, redis)
+    _campaign(out, load(config or _DEFAULT_CONFIG, extra), redis)
 
 
 @app.command()
@@ -92,7 +92,7 @@ def resume(folder: FolderArgument, redis: RedisOption = "") -> None:
     from deploy.config import load
 
     campaign = CampaignFolder.open(folder)
-    _campaign(campaign, load(campaign.campaign_toml), redis)
+    _campaign(folder, load(campaign.campaign_toml), redis)
 
 
 @app.command()
@@ -151,23 +151,21 @@ def doctor(
     raise typer.Exit(run_doctor(Console(), redis_url=redis or None, data_path=data, model=model))
 
 
-def _campaign(folder: CampaignFolder, config: Any, redis_url: str) -> None:
+def _campaign(out: Path, config: Any, redis_url: str) -> None:
     from deploy.campaign import run_campaign
     from deploy.progress import make_progress
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     progress = make_progress(console)
-    if not (folder.path / "versions.json").is_file():
-        write_json(folder.versions_json, versions())
     try:
         with _interruptible():
-            result = run_campaign(folder, config, redis_url=redis_url, progress=progress)
+            result = run_campaign(out, config, redis_url=redis_url, progress=progress)
     except KeyboardInterrupt:
         progress.close()
-        _leave(130, f"interrupted; everything is saved. To go on: zeroout resume {folder.path}")
+        _leave(_INTERRUPTED, f"interrupted; everything is saved. To go on: zeroout resume {out}")
     finally:
         progress.close()
-    _print_result(console, folder, result)
+    _print_result(console, CampaignFolder.open(out), result)
 
 
 @contextlib.contextmanager
@@ -213,7 +211,9 @@ def _leave(code: int, line: str) -> NoReturn:
     # a local Ray or a thread of it must not hold an ending program
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code) if code == 130 else sys.exit(code)
+    if code == _INTERRUPTED:
+        os._exit(code)
+    sys.exit(code)
 
 
 def main() -> None:

@@ -58,7 +58,8 @@ class CampaignConfig:
     search: ScheduleConfig = field(default_factory=ScheduleConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
-    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    # A campaign has tens of sequences where Atari has millions, and each costs seconds: few to begin with, much replay.
+    replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(min_sequences=8, replay_ratio=64.0))
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     recovery: TrainConfig = field(default_factory=TrainConfig)  # of the chosen networks, at the end
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
@@ -137,6 +138,10 @@ def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
     values = {key: _value(hints[key], value, f"{path}{key}") for key, value in tree.items()}
     try:
         return kind(**values)
+    except ValueError as error:  # the replay's own configuration knows nothing of users
+        raise UserError(
+            f"section [{path.rstrip('.')}]", expected="values in range", got=str(error), remedy="change that value"
+        ) from None
     except UserError as error:  # a TrainConfig does not know whether it is the baseline's or the recovery's
         section = path.rstrip(".")
         what = (

@@ -109,18 +109,26 @@ class CampaignFolder:
         return folder
 
     @classmethod
-    def create(cls, path: Path | str, campaign_toml: str) -> Self:
-        """Start the campaign described by the resolved TOML text, or find the very same one to resume.
-
-        Raises UserError, with nothing touched, when the folder holds another campaign or foreign files.
-        """
+    def check(cls, path: Path | str, campaign_toml: str) -> Self:
+        """Return the folder if `create` would take it; UserError when it holds another campaign or foreign files."""
         folder = cls(Path(path))
         if folder.path.exists() and not folder.path.is_dir():
             raise UserError(str(path), expected="a folder", got="a file", remedy="give another --out")
         if folder.campaign_toml.is_file():
             folder._check_same_campaign(campaign_toml)
+        else:
+            folder._check_no_foreign_files()
+        return folder
+
+    @classmethod
+    def create(cls, path: Path | str, campaign_toml: str) -> Self:
+        """Start the campaign described by the resolved TOML text, or find the very same one to resume.
+
+        Raises UserError as `check` does, with nothing touched.
+        """
+        folder = cls.check(path, campaign_toml)
+        if folder.campaign_toml.is_file():
             return folder
-        folder._check_no_foreign_files()
         with _disk_trouble_named(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.campaign_toml, campaign_toml)

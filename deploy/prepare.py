@@ -11,13 +11,14 @@ from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.progress import Progress
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
+from env.compression import unreachable
 from env.data import Dataset, load_dataset, require_batch
 from env.networks import build_network
 from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
 from env.training import EpochReport, Metrics, TrainConfig, evaluate, train
 
-__all__ = ["Baseline", "default_device", "epoch_line", "prepare"]
+__all__ = ["Baseline", "default_device", "epoch_line", "preflight", "prepare"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,28 @@ class _EpochLine:
         self.progress.epoch(self.stage, report.epoch, report.epochs, report.train_loss, report.validation.accuracy)
 
 
-def prepare(folder: CampaignFolder, config: CampaignConfig, progress: Progress) -> tuple[Dataset, Baseline]:
-    """Load the images, and train or load the baseline; what is already in the folder is taken from there."""
-    progress.stage("prepare", "images")
+def preflight(config: CampaignConfig) -> Dataset:
+    """Load the images and try the network on paper, so that a mistake shows before a folder is made.
+
+    Raises:
+        UserError: anything wrong with the images, the network, its weights, or a target that cannot be reached.
+
+    """
     dataset = load_dataset(config.data)
-    for size in (config.episode.batch_size, config.recovery.batch_size):
+    for size in (config.baseline.batch_size, config.episode.batch_size, config.recovery.batch_size):
         require_batch(dataset, size)
+    channels = dataset.image_shape[0]
+    given = build_network(replace(config.network, skips="coupled"), channels=channels, classes=len(dataset.classes))
+    pruned = build_network(config.network, channels=channels, classes=len(dataset.classes))
+    parameters = sum(parameter.numel() for parameter in given.parameters())
+    problem = unreachable(ChannelPlan(pruned, torch.zeros(1, *dataset.image_shape)), parameters, config.episode)
+    if problem is not None:
+        raise problem
+    return dataset
+
+
+def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, progress: Progress) -> Baseline:
+    """Train or load the baseline; what is already in the folder is taken from there."""
     channels, image_size, _ = dataset.image_shape
     form = NetworkForm(network=config.network, channels=channels, classes=len(dataset.classes), image_size=image_size)
     model, facts = folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
@@ -65,7 +82,7 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, progress: Progress) 
     known = read_json(facts)
     validation = Metrics(**known["validation"])
     progress.note(f"baseline: {known['parameters']:,} parameters, validation accuracy {validation.accuracy:.4f}")
-    return dataset, Baseline(
+    return Baseline(
         form=form,
         network=network_from_file(str(model)),
         parameters=known["parameters"],

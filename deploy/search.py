@@ -6,6 +6,7 @@ The driver holds nothing that Redis or the folder does not: kill it, and `zeroou
 
 import contextlib
 import json
+import logging
 import os
 import time
 import uuid
@@ -128,7 +129,7 @@ def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
         if local
         else {"address": config.cluster.ray_address}
     )
-    context = ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, **options)
+    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
     if context.dashboard_url:
         progress.note(f"Ray dashboard: http://{context.dashboard_url}")
     try:

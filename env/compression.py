@@ -18,6 +18,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
 from env.recognizer import Body, Recognizer, Retraining
@@ -169,7 +170,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             parts["features"] = spaces.Box(-np.inf, np.inf, (units, len(FEATURES)), np.float32)
         self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.MultiBinary(units)
-        problem = unreachable(recognizer, self.config)
+        problem = unreachable(self.plan, recognizer.given_parameters, self.config)
         if problem is not None:
             raise problem
         everything = recognizer.dataset.validation
@@ -278,11 +279,10 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         return observation | ({"features": self._filter_scores.numpy()} if self.features else {})
 
 
-def unreachable(recognizer: Recognizer, config: EpisodeConfig) -> UserError | None:
+def unreachable(plan: ChannelPlan, given_parameters: int, config: EpisodeConfig) -> UserError | None:
     """The error to raise when the highest target asks for more than `min_width` lets go, else None."""
-    plan = recognizer.plan
     least = torch.minimum(plan.widths, torch.tensor(config.min_width))
-    most = 1.0 - int(plan.parameters(least)) / recognizer.given_parameters
+    most = 1.0 - int(plan.parameters(least)) / given_parameters
     if config.targets[-1] <= most:
         return None
     return UserError(

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "importance_weights",
     "n_step_targets",
     "r2d2_loss",
     "rescale",
@@ -84,12 +83,6 @@ def sequence_priorities(td_error: Tensor, valid: Tensor, *, eta: float) -> Tenso
     error = td_error.abs() * valid
     mean = error.sum(0) / valid.sum(0).clamp(min=1)
     return eta * error.amax(0) + (1.0 - eta) * mean
-
-
-def importance_weights(probabilities: Tensor, size: int, *, exponent: float) -> Tensor:
-    """(N p)^-exponent, divided by the largest of the batch (Schaul et al. 2016, section 3.4): float [B]."""
-    weights = (size * probabilities) ** -exponent
-    return weights / weights.max()
 
 
 def r2d2_loss(q_taken: Tensor, targets: Tensor, valid: Tensor, weights: Tensor, *, eta: float) -> tuple[Tensor, Tensor]:

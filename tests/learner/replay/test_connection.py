@@ -1,0 +1,138 @@
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import redis
+from redis.exceptions import BusyLoadingError, NoPermissionError, OutOfMemoryError
+
+from deploy.redis_server import EmbeddedServer
+from env.errors import UserError
+from learner.replay.connection import check_server, connect, namespace, redact, retrying
+
+_URL = "redis://me:secret@host:1/0"
+
+
+@pytest.fixture(scope="module")
+def own_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server whose settings these tests may change."""
+    with EmbeddedServer(tmp_path_factory.mktemp("own")) as server:
+        yield server.url
+
+
+@pytest.mark.parametrize(
+    ("url", "safe"),
+    [
+        ("redis://host:6379/0", "redis://host:6379/0"),
+        ("redis://:secret@host", "redis://:***@host"),
+        ("rediss://me:se@c:re/t@host:1/2?x=1", "rediss://me:***@host:1/2?x=1"),
+        ("unix:///tmp/a.sock?db=1&password=secret&x=1", "unix:///tmp/a.sock?db=1&password=***&x=1"),
+    ],
+)
+def test_a_password_is_redacted_wherever_it_stands(url: str, safe: str) -> None:
+    assert redact(url) == safe
+
+
+def test_a_url_that_is_none_is_the_users_mistake() -> None:
+    with pytest.raises(UserError, match="redis://, rediss:// or unix://") as caught:
+        connect("http://me:secret@host")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_healthy_server_passes_the_check(client: redis.Redis, redis_url: str) -> None:
+    check_server(client, redis_url)
+
+
+def test_no_server_is_one_clear_line(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/none.sock?password=secret"
+    with connect(url) as client, pytest.raises(UserError, match="expected a server that answers") as caught:
+        check_server(client, url)
+    assert "secret" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+def test_an_evicting_policy_is_refused_also_without_maxmemory(own_url: str, policy: str) -> None:
+    with connect(own_url) as client:
+        client.config_set("maxmemory-policy", policy)
+        with pytest.raises(UserError, match=f"expected maxmemory-policy noeviction, got {policy}"):
+            check_server(client, own_url)
+        client.config_set("maxmemory-policy", "noeviction")
+        check_server(client, own_url)
+
+
+def test_a_wrong_or_missing_password_is_refused_at_once(own_url: str) -> None:
+    with connect(own_url) as owner:
+        owner.config_set("requirepass", "right")
+        try:
+            for url in (f"{own_url}?password=wrong", own_url):
+                with connect(url) as client, pytest.raises(UserError, match="accepts the user and password") as e:
+                    check_server(client, url)
+                assert "wrong@" not in str(e.value)
+                assert "password=wrong" not in str(e.value)
+            with connect(f"{own_url}?password=right") as client:
+                check_server(client, own_url)
+        finally:
+            owner.config_set("requirepass", "")
+
+
+def test_a_user_who_may_not_read_the_policy_is_trusted_with_a_warning(
+    own_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with connect(own_url) as owner:
+        owner.execute_command("ACL", "SETUSER", "actor", "on", ">pw", "~{p}*", "-@all", "+@write", "+ping")
+    url = f"{own_url}?username=actor&password=pw"
+    with connect(url) as client, caplog.at_level(logging.WARNING):
+        check_server(client, url)
+        with pytest.raises(NoPermissionError):
+            client.config_get("maxmemory-policy")
+    assert "must be noeviction" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "error", [redis.ConnectionError("x"), redis.TimeoutError("x"), BusyLoadingError("x"), OutOfMemoryError("x")]
+)
+def test_a_passing_outage_is_sat_out(error: Exception) -> None:
+    outcomes: list[Exception | int] = [error, error, 7]
+
+    def call() -> int:
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    assert retrying(call, 5.0, url=_URL) == 7
+
+
+def test_after_the_deadline_the_user_is_told_without_the_password() -> None:
+    calls = []
+
+    def call() -> None:
+        calls.append(1)
+        raise redis.ConnectionError("Connection refused\n")
+
+    with pytest.raises(UserError, match=r"redis://me:\*\*\*@host:1/0: .* got Connection refused") as caught:
+        retrying(call, 0.3, url=_URL)
+    assert len(calls) >= 3
+    assert "secret" not in str(caught.value)
+
+
+def test_no_time_is_lost_on_what_waiting_does_not_mend() -> None:
+    calls = []
+
+    def call(error: Exception) -> None:
+        calls.append(error)
+        raise error
+
+    with pytest.raises(UserError, match="accepts the user and password"):
+        retrying(lambda: call(redis.AuthenticationError("WRONGPASS")), 60.0, url=_URL)
+    with pytest.raises(redis.ResponseError):
+        retrying(lambda: call(redis.ResponseError("ERR")), 60.0, url=_URL)
+    assert len(calls) == 2
+
+
+def test_a_prefix_becomes_one_hash_tag() -> None:
+    assert namespace("run-1") == "{run-1}"
+    for wrong in ("", "a{b", "a b"):
+        with pytest.raises(UserError, match="a name without braces or blanks"):
+            namespace(wrong)

@@ -1,0 +1,62 @@
+import pytest
+import redis
+
+from learner.replay.codec import PayloadError
+from learner.replay.weights import WeightStore
+
+
+@pytest.fixture
+def store(client: redis.Redis, prefix: str) -> WeightStore:
+    return WeightStore(client, prefix)
+
+
+def test_an_empty_store_gives_nothing(store: WeightStore) -> None:
+    assert store.pull(-1) is None
+    assert store.pull_version(0) is None
+
+
+def test_only_newer_weights_are_pulled(store: WeightStore) -> None:
+    assert store.publish(0, b"zero")
+    assert store.pull(-1) == (0, b"zero")
+    assert store.pull(0) is None
+    assert store.publish(9, b"nine")
+    assert store.publish(10, b"ten")
+    assert store.pull(9) == (10, b"ten")
+    assert store.pull(10) is None
+
+
+def test_an_older_version_never_replaces_a_newer_one(store: WeightStore) -> None:
+    store.publish(10, b"ten")
+    assert not store.publish(9, b"nine")
+    assert store.publish(10, b"again")  # the reply was lost: the same call again is a success
+    assert store.pull(-1) == (10, b"ten")
+
+
+def test_version_0_is_kept_for_ever(store: WeightStore) -> None:
+    store.publish(0, b"zero")
+    store.publish(3, b"three")
+    store.publish(0, b"other")
+    assert store.pull_version(0) == (0, b"zero")
+    assert store.pull_version(3) == (3, b"three")
+    assert store.pull_version(2) is None
+
+
+def test_a_poisoned_value_is_refused(store: WeightStore, client: redis.Redis, prefix: str) -> None:
+    store.publish(4, b"four")
+    key = f"{{{prefix}}}:weights:newest"
+    sealed = client.get(key)
+    client.set(key, sealed[:-1] + b"?")
+    with pytest.raises(PayloadError, match="crc32"):
+        store.pull(-1)
+    client.set(f"{{{prefix}}}:weights:version", 5)
+    client.set(key, sealed)
+    with pytest.raises(PayloadError, match="expected version 5, got version 4"):
+        store.pull(-1)
+    client.delete(key)
+    with pytest.raises(PayloadError, match="got 0 bytes"):
+        store.pull(-1)
+
+
+def test_a_negative_version_is_an_error(store: WeightStore) -> None:
+    with pytest.raises(ValueError, match="version must be >= 0, got -1"):
+        store.publish(-1, b"")
