@@ -6,7 +6,6 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 
 import base64
 import json
-import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,7 +37,7 @@ from learner.sequence import SequenceConfig, cut
 
 __all__ = ["Brief", "Player", "Services", "new_controller"]
 
-_log = logging.getLogger(__name__)
+_PATIENCE_S = 120.0  # a worker sits out a Redis that is away for so long, and loses nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +79,7 @@ class Services:
     """The campaign's shared state in Redis, as one worker sees it."""
 
     def __init__(self, brief: Brief, worker: str) -> None:
-        client = connect(brief.redis_url)
+        client = connect(brief.redis_url, patience_s=_PATIENCE_S)
         self.ledger = Ledger(client, brief.prefix)
         self.weights = WeightStore(client, brief.prefix)
         generator = np.random.default_rng(derive_seed(brief.seed, "replay", worker, time.time_ns()))
@@ -235,7 +234,7 @@ class Player:
                     "macs": point.macs,
                     "accuracy": point.metrics.accuracy,
                     "cross_entropy": point.metrics.cross_entropy,
-                    "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy())).decode(),
+                    "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy()).tobytes()).decode(),
                 }
                 for point in played.reached
             ],

@@ -13,6 +13,7 @@ plus a residual that starts at zero, so that on its first day it plays Taylor.
 """
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,8 @@ class Controller(nn.Module):
 
     """
 
+    layer_of: Tensor
+
     def __init__(self, config: ControllerConfig, plan: ChannelPlan) -> None:
         super().__init__()
         self.config, self.plan = config, plan
@@ -103,17 +106,17 @@ class Controller(nn.Module):
         else:
             self.filter_input = nn.Linear(_FILTER_INPUTS, config.filter_size)
             self.state_input = nn.Linear(hidden, config.filter_size, bias=False)
-            self.filter_output = nn.Linear(config.filter_size, 1)
+            # no bias: what all filters share cancels in Q
+            self.filter_output = nn.Linear(config.filter_size, 1, bias=False)
             self.layer_term = nn.Linear(hidden, layers)
-            for head in (self.filter_output, self.layer_term):  # the residual starts at zero
-                nn.init.zeros_(head.weight)
-                nn.init.zeros_(head.bias)
-        nn.init.zeros_(self.value[-1].weight)
-        nn.init.zeros_(self.value[-1].bias)
+            # the residual starts at zero
+            _zero(self.filter_output)
+            _zero(self.layer_term)
+        _zero(self.value[-1])
 
     def initial_state(self, batch: int = 1) -> RecurrentState:
         """The state at the start of an episode: zeros [B, H]."""
-        zeros = torch.zeros(batch, self.config.hidden_size, device=self.layer_of.device)  # type: ignore[union-attr]
+        zeros = torch.zeros(batch, self.config.hidden_size, device=self.layer_of.device)
         return zeros, zeros.clone()
 
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
@@ -137,7 +140,7 @@ class Controller(nn.Module):
         prior, inputs = self._filter_inputs(seen, kept, alive_share)
         joined = torch.relu(self.filter_input(inputs) + self.state_input(memory)[..., None, :])
         residual = self.filter_output(joined).squeeze(-1)
-        return prior + residual + self.layer_term(memory)[..., self.layer_of]
+        return cast(Tensor, prior + residual + self.layer_term(memory)[..., self.layer_of])
 
     def _filter_inputs(self, seen: Observations, kept: Tensor, alive_share: Tensor) -> tuple[Tensor, Tensor]:
         """The prior float32 [T, B, F] and the inputs of the shared head float32 [T, B, F, _FILTER_INPUTS]."""
@@ -176,6 +179,11 @@ def set_value(judgement: Judgement, action: Tensor, alive: Tensor, *, scale: flo
     chosen = _masked_mean(judgement.advantage, action)
     everyone = _masked_mean(judgement.advantage, alive)
     return judgement.value + scale * torch.where(action.any(-1), chosen - everyone, 0.0)
+
+
+def _zero(layer: nn.Module) -> None:
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 def _masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -103,14 +103,15 @@ def _positions(scores: Tensor, alive: Tensor) -> Tensor:
 
 
 def _goals(targets: Sequence[float], waypoints: int) -> Tensor:
-    """Equal shares of the last target, the nearest share moved onto each other target."""
+    """Equal shares of the last target, the nearest free one moved onto each other target."""
+    if not 1 <= len(targets) <= waypoints:
+        raise ValueError(f"targets must be 1 to waypoints={waypoints}, got {len(targets)}")
     shares = torch.arange(1, waypoints + 1, dtype=torch.float64) * targets[-1] / waypoints
     goals = shares.tolist()
+    goals[-1] = targets[-1]  # the product above need not be exactly it
+    free = list(range(waypoints - 1))
     for target in targets[:-1]:
-        nearest = min(range(len(goals) - 1), key=lambda i: abs(goals[i] - target), default=None)
-        if nearest is None or goals[nearest] in targets:
-            goals.append(target)
-        else:
-            goals[nearest] = target
-    goals[goals.index(max(goals))] = targets[-1]
+        nearest = min(free, key=lambda i: abs(goals[i] - target))
+        free.remove(nearest)
+        goals[nearest] = target
     return torch.tensor(sorted(goals), dtype=torch.float64)

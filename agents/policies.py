@@ -138,10 +138,10 @@ class ControllerPolicy:
         """Advantages plus this episode's offsets, or an exploratory ranking."""
         seen = observe(observation)
         judgement, self._state = self._controller(seen, self._state)
-        advantage = judgement.advantage[0, 0]
+        advantage: Tensor = judgement.advantage[0, 0]
         # The mask Controller's advantages have no natural unit; their own spread serves.
         natural = self._controller.config.observation == "features"
-        unit = 1.0 if natural else float(advantage[seen.keep_mask[0, 0]].std())
+        unit = 1.0 if natural else float(advantage[seen.keep_mask[0, 0]].std(correction=0))
         if float(torch.rand((), generator=self._random)) < self._epsilon:
             if not natural:
                 return torch.rand(self._plan.units, generator=self._random)

@@ -182,7 +182,7 @@ class _Cost:
 
     def __call__(self, kept: Tensor) -> Tensor:
         # float64 is exact to 2**53, and has a fast matrix product where int64 has none
-        flat = self.multiplicity.reshape(-1, self.multiplicity.shape[-1]).to(kept.device, torch.float64)
+        flat = self.multiplicity.flatten(0, 1).to(kept.device, torch.float64)
         lengths = (kept.to(torch.float64) @ flat.T).reshape(*kept.shape[:-1], *self.fixed.shape)
         sizes = (lengths + self.fixed.to(kept.device)).prod(-1)
         return (sizes * self.factor.to(kept.device)).sum(-1).to(torch.int64)

@@ -122,5 +122,5 @@ class Recognizer:
     def _batches(self, images: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         train = self.dataset.train
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
-        for part in chosen.to(self.device).split(batch_size):
+        for part in torch.split(chosen.to(self.device), batch_size):
             yield normalise(train.images[part], self.dataset.mean, self.dataset.std), train.labels[part]

@@ -37,22 +37,24 @@ _PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMe
 # redis-py derives these two from ConnectionError, but no waiting mends them.
 _LASTING = (AuthenticationError, AuthorizationError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
+_PAUSE_CAP_S = 0.5  # of redis-py's own repetitions
 
 
-def connect(url: str) -> redis.Redis:
+def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
     """Return a client of bytes for redis://, rediss:// or unix:// (lazy: nothing is sent yet).
 
-    It waits 5 s for a connection and 10 s for an answer, and repeats a failed command 5 times within about 2 s,
-    so whatever is sent must be idempotent. Raises UserError when the URL is not one.
+    It waits 5 s for a connection and 10 s for an answer, and repeats a failed command for about `patience_s`, at
+    least 5 times, so whatever is sent must be idempotent. Raises UserError when the URL is not one.
     """
-    backoff = ExponentialWithJitterBackoff(base=_FIRST_PAUSE_S, cap=0.5)
+    backoff = ExponentialWithJitterBackoff(base=_FIRST_PAUSE_S, cap=_PAUSE_CAP_S)
+    retries = max(5, round(patience_s / _PAUSE_CAP_S))  # all but the first few pauses are as long as the cap
     try:
         return redis.Redis.from_url(
             url,
             socket_connect_timeout=5,
             socket_timeout=10,
             health_check_interval=30,
-            retry=Retry(backoff, 5, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
+            retry=Retry(backoff, retries, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
         )
     except ValueError as error:
         raise UserError(
