@@ -58,8 +58,7 @@ class CampaignConfig:
     search: ScheduleConfig = field(default_factory=ScheduleConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
-    # A campaign has tens of sequences where Atari has millions, and each costs seconds: few to begin with, much replay.
-    replay: ReplayConfig = field(default_factory=lambda: ReplayConfig(min_sequences=8, replay_ratio=64.0))
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     recovery: TrainConfig = field(default_factory=TrainConfig)  # of the chosen networks, at the end
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -9,9 +9,11 @@ that stand side by side in the same tensors. The groups come from torch-pruning'
 """
 
 import copy
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 import torch_pruning as tp
@@ -139,7 +141,7 @@ def _fit(module: nn.Module) -> None:
     """Set a module's sizes from its own tensors."""
     if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
         first, second = module.weight.shape[:2]
-        if isinstance(module, _CONVOLUTIONS) and module.groups == module.in_channels > 1:
+        if _depthwise(module):
             module.groups = module.in_channels = module.out_channels = first
         elif isinstance(module, _CONVOLUTIONS):
             module.out_channels, module.in_channels = first, second * module.groups
@@ -147,8 +149,8 @@ def _fit(module: nn.Module) -> None:
             module.in_channels, module.out_channels = first, second * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _NORMS) and module.weight is not None:
-        module.num_features = module.weight.shape[0]
+    elif isinstance(module, _NORMS):
+        module.num_features = next((len(t) for t in _tensors(module).values() if t.dim() == 1), module.num_features)
 
 
 class _Cost:
@@ -200,13 +202,15 @@ class _Member:
 
 def _find_groups(model: nn.Module, example: Tensor) -> tuple[list[list[_Member]], dict[str, str]]:
     names = {module: name for name, module in model.named_modules()}
-    graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unwrapped parameters")  # they keep their groups whole, see below
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
     order = {name: place for place, name in enumerate(names.values())}
     found, left_out = [], {}
     for group in graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear]):
-        members = list(_members(group, names))
-        producers = sorted((m.module for m in members if m.output), key=order.__getitem__)
-        reason = _why_not(members, model)
+        members = sorted(_members(group, names), key=lambda member: order[member.module])
+        producers = [member.module for member in members if member.output]
+        reason = _bare_parameter(group) or _why_not(members, model)
         if reason:
             left_out.update(dict.fromkeys(producers, reason))
         else:
@@ -217,9 +221,16 @@ def _find_groups(model: nn.Module, example: Tensor) -> tuple[list[list[_Member]]
 def _members(group: tp.Group, names: Mapping[nn.Module, str]) -> Iterator[_Member]:
     for item in group:
         module = item.dep.target.module
-        if module in names and any(True for _ in module.parameters(recurse=False)):
+        if module in names:
             output = item.dep.handler.__name__ == "prune_out_channels"
             yield _Member(names[module], output, list(item.idxs), list(item.root_idxs))
+
+
+def _bare_parameter(group: tp.Group) -> str | None:
+    """Why a group that a parameter outside any known module takes part in must stay whole, or None."""
+    if any(isinstance(item.dep.target.module, nn.Parameter) for item in group):
+        return "a bare nn.Parameter is joined to it, whose axes are not known"
+    return None
 
 
 def _why_not(members: list[_Member], model: nn.Module) -> str | None:
@@ -235,7 +246,7 @@ def _why_not(members: list[_Member], model: nn.Module) -> str | None:
     return None
 
 
-def _depthwise(module: nn.Module) -> bool:
+def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
     return (
         isinstance(module, _CONVOLUTIONS)
         and module.groups == module.in_channels == module.out_channels
@@ -267,9 +278,8 @@ def _owners(model: nn.Module, groups: list[list[_Member]], layers: tuple[Layer, 
 
 def _touched(module: nn.Module, member: _Member) -> Iterator[tuple[str, int, int]]:
     """(tensor name, axis, size) that this member slices."""
-    tensors = {**module._parameters, **module._buffers}
-    for key, tensor in tensors.items():
-        if tensor is None or tensor.dim() == 0:
+    for key, tensor in _tensors(module).items():
+        if tensor.dim() == 0:
             continue
         if isinstance(module, _NORMS) or _depthwise(module):
             axis = 0
@@ -280,6 +290,12 @@ def _touched(module: nn.Module, member: _Member) -> Iterator[tuple[str, int, int
         else:
             axis = int(member.output == isinstance(module, _TRANSPOSED))
         yield f"{member.module}.{key}", axis, tensor.shape[axis]
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers."""
+    found = {**module._parameters, **module._buffers}
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
 
 
 def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:

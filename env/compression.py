@@ -6,8 +6,12 @@ After each action the compact network is retrained for a few minibatches and mea
 
 Common random numbers: the minibatches and the augmentation of step t depend on the campaign's seed and t alone, so
 two episodes differ by their masks and by nothing else.
+
+`gymnasium.make("Compression-v0")` gives one with a Recognizer of its own, `make_compression`.
 """
 
+import functools
+import math
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,13 +23,15 @@ from gymnasium import spaces
 from torch import Tensor
 
 from env.channels import ChannelPlan
-from env.errors import UserError
+from env.data import DataConfig, load_dataset
+from env.errors import NonFiniteError, UserError
 from env.importance import FEATURES
+from env.networks import NetworkConfig, build_network
 from env.recognizer import Body, Recognizer, Retraining
 from env.seeds import derive_seed
-from env.training import Metrics
+from env.training import Metrics, TrainConfig, train
 
-__all__ = ["CompressionEnv", "EpisodeConfig", "TargetReached", "unreachable"]
+__all__ = ["CompressionEnv", "EpisodeConfig", "TargetReached", "make_compression", "unreachable"]
 
 _REWARDS = ("terminal", "accuracy", "difference")
 
@@ -71,6 +77,13 @@ class EpisodeConfig:
                     got=repr(target),
                     remedy="0.9 removes 90 % of the parameters",
                 )
+        if self.waypoints < len(self.targets):
+            raise UserError(
+                "episode.waypoints",
+                expected=f"at least {len(self.targets)}, one for each target",
+                got=repr(self.waypoints),
+                remedy="raise it",
+            )
         if self.reward not in _REWARDS:
             raise UserError(
                 "episode.reward", expected=" | ".join(_REWARDS), got=repr(self.reward), remedy="choose one of them"
@@ -84,6 +97,14 @@ class EpisodeConfig:
             if getattr(self, name) < floor:
                 raise UserError(
                     f"episode.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"
+                )
+        for name in ("step_learning_rate", "recovery_learning_rate"):
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise UserError(
+                    f"episode.{name}",
+                    expected="a number above 0",
+                    got=repr(getattr(self, name)),
+                    remedy="give e.g. 0.02",
                 )
 
     @property
@@ -140,6 +161,9 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
     `env.importance.FEATURES`). Action space: MultiBinary(F), the bits to zero; bits already zero are ignored, and
     where an action would leave a layer under `min_width`, its last filters stay (`info["refused"]`).
 
+    Where retraining makes the network's loss, weights or scores infinite or NaN, the episode is truncated
+    (`info["collapsed"]`): no accuracy is left, and the reward says so.
+
     Args:
         recognizer: the baseline, its plan and its images.
         config: the episode.
@@ -180,6 +204,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         )[:few].to(recognizer.device)
         self._step_split = type(everything)(everything.images[chosen], everything.labels[chosen])
         self._baseline = recognizer.evaluate(recognizer.full(), everything)
+        self._worst = 2 * math.log(len(recognizer.dataset.classes))
         self._start: tuple[float, Tensor] | None = None
         self._clock = _Clock()
 
@@ -209,23 +234,33 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         before, accuracy_before = self.recognizer.compression(self._body.keep_mask), self._accuracy
         self._body = self.recognizer.zero(self._body, keep_mask)
         self._clock.phase("compact")
+        after = self.recognizer.compression(keep_mask)
+        terminated, collapsed = after >= self.config.targets[-1], False
+        reached: list[TargetReached] = []
+        try:
+            self._retrain(terminated=terminated)
+            for target in self.config.targets:
+                if before < target <= after:
+                    reached.append(self._reach(target))
+            self._clock.phase("recover")
+        except NonFiniteError:
+            terminated, collapsed, self._accuracy = False, True, 0.0
+        self._step += 1
+        truncated = collapsed or (not terminated and self._step >= self.config.max_steps)
+        reward = self._reward(reached, accuracy_before, terminated=terminated, collapsed=collapsed)
+        info = {"step": self._step, "refused": refused, "reached": reached, "collapsed": collapsed}
+        return self._observation(), reward, terminated, truncated, {**info, "seconds": self._clock.seconds}
+
+    def _retrain(self, *, terminated: bool) -> None:
+        """Retrain the present network and measure it; the scores only where another decision follows."""
         retraining, step_seed = self.config.step_retraining, derive_seed(self.seed, "retrain", self._step)
         self.recognizer.retrain(self._body, retraining, seed=step_seed)
         self._clock.phase("retrain")
         self._accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy
-        after = self.recognizer.compression(keep_mask)
         self._clock.phase("evaluate")
-        reached = [self._reach(target) for target in self.config.targets if before < target <= after]
-        self._clock.phase("recover")
-        self._step += 1
-        terminated = after >= self.config.targets[-1]
-        truncated = not terminated and self._step >= self.config.max_steps
         if not terminated:
             self._filter_scores = self._scores()
             self._clock.phase("score")
-        reward = self._reward(reached, accuracy_before, terminated)
-        info = {"step": self._step, "refused": refused, "reached": reached, "seconds": self._clock.seconds}
-        return self._observation(), reward, terminated, truncated, info
 
     def _allowed(self, action: Tensor) -> tuple[Tensor, int]:
         """The mask after `action` with at least `min_width` filters in every layer, and how many were refused."""
@@ -253,22 +288,33 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             body=body,
         )
 
-    def _reward(self, reached: list[TargetReached], accuracy_before: float, terminated: bool) -> float:
+    def _reward(
+        self, reached: list[TargetReached], accuracy_before: float, *, terminated: bool, collapsed: bool
+    ) -> float:
+        if collapsed:
+            return -self._worst if self.config.reward == "terminal" else -accuracy_before
         if self.config.reward == "difference":
             return self._accuracy - accuracy_before
         if self.config.reward == "accuracy":
             return reached[-1].metrics.accuracy if terminated else 0.0
-        lost = sum(point.metrics.cross_entropy - self._baseline.cross_entropy for point in reached)
-        return -lost / len(self.config.targets)
+        return -sum(map(self._lost, reached)) / len(self.config.targets)
+
+    def _lost(self, point: TargetReached) -> float:
+        """Nats above the baseline; at most twice those of a blind guess, which NaN counts as too."""
+        lost = point.metrics.cross_entropy - self._baseline.cross_entropy
+        return lost if lost < self._worst else self._worst
 
     def _scores(self) -> Tensor:
-        """The log scores of the filters, where the observation carries them."""
+        """The log scores of the filters, where the observation carries them; NonFiniteError as retraining."""
         if not self.features:
             return torch.zeros(0)
         config = self.config
-        return self.recognizer.log_scores(
+        scores = self.recognizer.log_scores(
             self._body, images=config.score_images, batch_size=config.batch_size, seed=self.seed
         )
+        if not bool(scores.isfinite().all()):
+            raise NonFiniteError("scores of the filters are not finite; try a lower episode.step_learning_rate")
+        return scores
 
     def _observation(self) -> dict[str, Any]:
         observation = {
@@ -276,7 +322,33 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             "compression": np.array([self.recognizer.compression(self._body.keep_mask)], np.float32),
             "keep_mask": self._body.keep_mask.numpy().astype(np.int8),
         }
-        return observation | ({"features": self._filter_scores.numpy()} if self.features else {})
+        if self.features:  # the last scores, where an episode ends without new ones
+            observation["features"] = (self._filter_scores * self._body.keep_mask[:, None]).numpy()
+        return observation
+
+
+def make_compression(
+    recognizer: Recognizer | None = None, config: EpisodeConfig | None = None, **kwargs: Any
+) -> CompressionEnv:
+    """Compression-v0, as `gymnasium.make` calls it.
+
+    Args:
+        recognizer: by default a small network that recognizes the embedded digits, trained here in seconds.
+        config: the episode.
+        kwargs: `features` and `seed` of `CompressionEnv`.
+
+    """
+    return CompressionEnv(recognizer or _default_recognizer(), config, **kwargs)
+
+
+@functools.cache
+def _default_recognizer() -> Recognizer:
+    data_config = DataConfig(validation_share=0.2)
+    dataset = load_dataset(data_config)
+    network = build_network(NetworkConfig(name="small", width=0.5), channels=1, classes=len(dataset.classes))
+    train(network, dataset, data_config, TrainConfig(epochs=4, batch_size=64), seed=0)
+    given = sum(parameter.numel() for parameter in network.parameters())
+    return Recognizer(network, dataset, data_config, given_parameters=given)
 
 
 def unreachable(plan: ChannelPlan, given_parameters: int, config: EpisodeConfig) -> UserError | None:

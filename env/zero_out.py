@@ -1,7 +1,8 @@
 """The ZeroOut layer: a binary mask over filters, and the masked form of a network.
 
-The mask stands after batch-norm where there is one. Zeroing only the convolution in front of it would let the
-batch-norm's shift through, and the masked network would not equal the compact one.
+The mask stands after every module that carries a layer's channels, batch-norm included. Zeroing only the convolution
+in front of a batch-norm would let its shift through, and the masked network would not equal the compact one; zeroing
+only the batch-norm would miss whoever reads the convolution past it.
 """
 
 import torch
@@ -11,7 +12,7 @@ from env.channels import ChannelPlan
 
 __all__ = ["ZeroOut", "attach_zero_out"]
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ZeroOut(nn.Module):
@@ -29,7 +30,7 @@ class ZeroOut(nn.Module):
 
 
 def attach_zero_out(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> list[ZeroOut]:
-    """Put a ZeroOut layer behind every masked output of `network`, in place; returns the layers.
+    """Put a ZeroOut layer behind every module whose outputs are units, in place; returns the layers.
 
     Args:
         network: the full network the plan was made for.
@@ -38,28 +39,20 @@ def attach_zero_out(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) ->
 
     """
     attached = []
-    for name in _masked_modules(network, plan):
+    for name in dict.fromkeys(name for layer in plan.layers for name in layer.modules):
         module = network.get_submodule(name)
-        axis, owner = next(iter(plan.axes(f"{name}.weight")))
-        if not isinstance(module, _NORMS):
-            axis, owner = next(pair for pair in plan.axes(f"{name}.weight") if pair[0] == _output_axis(module))
+        tensor, output_axis = _output(name, module)
+        owner = dict(plan.axes(tensor))[output_axis]
         zero_out = ZeroOut(len(owner))
         zero_out.keep_mask.copy_(((owner < 0) | keep_mask[owner.clamp(min=0)]).float())
-        zero_out.to(module.weight.device)  # type: ignore[arg-type]
+        zero_out.to(network.state_dict()[tensor].device)
         module.register_forward_hook(lambda _module, _inputs, output, layer=zero_out: layer(output))
         attached.append(zero_out)
     return attached
 
 
-def _masked_modules(network: nn.Module, plan: ChannelPlan) -> list[str]:
-    """Where masks stand: after the norms of a layer, and after its convolutions too where some have no norm."""
-    names: list[str] = []
-    for layer in plan.layers:
-        norms = [name for name in layer.modules if isinstance(network.get_submodule(name), _NORMS)]
-        producers = [name for name in layer.modules if name not in norms]
-        names += norms if len(norms) >= len(producers) else layer.modules
-    return list(dict.fromkeys(names))
-
-
-def _output_axis(module: nn.Module) -> int:
-    return int(isinstance(module, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)))
+def _output(name: str, module: nn.Module) -> tuple[str, int]:
+    """A tensor of the module that has its output channels, and the axis they are on."""
+    own = {**module._parameters, **module._buffers}
+    first = next(key for key, tensor in own.items() if tensor is not None)
+    return f"{name}.{first}", int(isinstance(module, _TRANSPOSED))

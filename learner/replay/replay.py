@@ -56,12 +56,12 @@ class ReplayConfig:
     """w = priority ** priority_exponent (R2D2, section 2.3); 0 samples uniformly."""
     importance_sampling_exponent: float = 0.6
     """beta of the weights (N p) ** -beta; 0 switches the correction off."""
-    replay_ratio: float = 8.0
+    replay_ratio: float = 64.0
     """Sequences sampled per sequence inserted. The paper has 0.8; a step here is dear, it retrains a network."""
     replay_ratio_tolerance: float = 256.0
     """How many sampled sequences the ratio may be off to either side before one side has to wait."""
-    min_sequences: int = 64
-    """Sequences inserted before the first one is sampled."""
+    min_sequences: int = 8
+    """Sequences inserted before the first one is sampled; a campaign has tens of them where Atari has millions."""
 
     def __post_init__(self) -> None:
         """Check all ranges; ValueError with the value."""

@@ -20,7 +20,7 @@ from learner.replay.replay import Item, Replay, ReplayConfig, Sample, importance
 
 # Quantiles of the chi-square distribution at 1 - 1e-5: with fixed seeds a test passes or fails for good, and a
 # wrong sampler fails by far more.
-_CHI_SQUARE = {4: 28.5, 5: 30.9, 6: 33.1}
+_CHI_SQUARE = {1: 19.5, 4: 28.5, 8: 37.3}  # by degrees of freedom
 
 
 def _free(**more: Any) -> ReplayConfig:
@@ -62,9 +62,7 @@ def test_a_sample_carries_what_was_inserted_with_its_probability_and_weight(make
     replay = make(_free(priority_exponent=0.5, importance_sampling_exponent=1.0))
     assert replay.insert(_items({7: 9.0, 5: 1.0})) == 2  # weights 3 and 1
     sample = replay.sample(64)
-    for key, p, weight, number in zip(
-        sample.keys, sample.probabilities, sample.weights, _numbers(sample), strict=True
-    ):
+    for key, p, weight, number in zip(sample.keys, sample.probabilities, sample.weights, _numbers(sample), strict=True):
         assert key == {7: "1:s7", 5: "2:s5"}[number]
         assert p == pytest.approx({7: 0.75, 5: 0.25}[number], abs=1e-12)
         assert weight == pytest.approx({7: 1 / 3, 5: 1.0}[number])
@@ -95,7 +93,7 @@ def test_successive_draws_are_independent(make: Any) -> None:
     pairs = Counter(3 * first + second for first, second in zip(drawn[::2], drawn[1::2], strict=True))
     share = _shares(weights)
     expected = {3 * i + j: share[i] * share[j] for i in share for j in share}
-    assert _chi_square(pairs, expected) < 42.7  # 8 degrees of freedom
+    assert _chi_square(pairs, expected) < _CHI_SQUARE[8]
 
 
 def test_frequencies_follow_while_priorities_change_and_sequences_come_and_go(make: Any) -> None:
@@ -147,9 +145,7 @@ def test_an_id_inserted_twice_changes_nothing_and_answers_as_the_first(make: Any
     assert _numbers(replay.sample(1)) == [1]
 
 
-def test_the_oldest_are_evicted_with_all_that_belongs_to_them(
-    make: Any, client: redis.Redis, prefix: str
-) -> None:
+def test_the_oldest_are_evicted_with_all_that_belongs_to_them(make: Any, client: redis.Redis, prefix: str) -> None:
     replay = make(_free(capacity_sequences=3, priority_exponent=1.0))
     assert replay.insert(_items({i: 1.0 + i for i in range(5)})) == 3
     stats = replay.stats()
@@ -219,13 +215,11 @@ def test_huge_and_tiny_priorities_keep_their_digits(make: Any) -> None:
     replay.sample(10)
     replay.update(["1:s1", "2:s2"], [3.0, 1.0])
     counts = Counter(number for _ in range(8) for number in _numbers(replay.sample(500)))
-    assert _chi_square(counts, {1: 0.75, 2: 0.25}) < 19.6  # 1 degree of freedom
+    assert _chi_square(counts, {1: 0.75, 2: 0.25}) < _CHI_SQUARE[1]
     assert replay.stats().total_weight == 4.0
 
 
-def test_the_learner_waits_for_enough_sequences_and_for_the_ratio(
-    make: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_learner_waits_for_enough_sequences_and_for_the_ratio(make: Any, caplog: pytest.LogCaptureFixture) -> None:
     replay = make(ReplayConfig(min_sequences=4, replay_ratio=2.0, replay_ratio_tolerance=3.0))
     replay.insert(_items({0: 1.0, 1: 1.0, 2: 1.0}))
     with caplog.at_level(logging.INFO):
@@ -276,16 +270,22 @@ def test_a_poisoned_payload_is_removed_counted_named_and_drawn_anew(
     assert replay.stats().rejected == 2
 
 
-def test_the_total_is_recomputed_exactly_and_the_race_goes_on(
-    make: Any, client: redis.Redis, prefix: str
-) -> None:
+def test_the_total_is_recomputed_exactly_and_the_race_goes_on(make: Any, client: redis.Redis, prefix: str) -> None:
     replay = make(_free(priority_exponent=1.0))
     replay.insert(_items({1: 1.0, 2: 3.0}))
     replay.sample(50)
     client.hset(f"{{{prefix}}}:replay:state", "total", "17")
     assert replay.recompute_total() == 4.0
     counts = Counter(number for _ in range(8) for number in _numbers(replay.sample(500)))
-    assert _chi_square(counts, {1: 0.25, 2: 0.75}) < 19.6
+    assert _chi_square(counts, {1: 0.25, 2: 0.75}) < _CHI_SQUARE[1]
+
+
+def test_a_server_that_forgot_the_scripts_is_sent_them_again(make: Any, client: redis.Redis) -> None:
+    replay = make(_free())
+    replay.insert(_items({1: 1.0}))
+    client.script_flush()
+    assert replay.insert(_items({2: 1.0})) == 1
+    assert len(_numbers(replay.sample(3))) == 3
 
 
 class _LosesReplies(UnixDomainSocketConnection):
