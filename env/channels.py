@@ -206,11 +206,17 @@ def _find_groups(model: nn.Module, example: Tensor) -> tuple[list[list[_Member]]
         warnings.filterwarnings("ignore", message="Unwrapped parameters")  # they keep their groups whole, see below
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
     order = {name: place for place, name in enumerate(names.values())}
-    found, left_out = [], {}
+    traced = []
     for group in graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear]):
         members = sorted(_members(group, names), key=lambda member: order[member.module])
+        traced.append((members, _bare_parameter(group) or _why_not(members, model)))
+    doubtful = _doubtful([members for members, reason in traced if not reason], [m for m, _ in traced], model)
+    found, left_out = [], {}
+    for members, reason in traced:
         producers = [member.module for member in members if member.output]
-        reason = _bare_parameter(group) or _why_not(members, model)
+        unsure = next((m.module for m in members if (m.module, m.output) in doubtful), None)
+        if not reason and unsure is not None:
+            reason = f"{unsure} reads channels that come from outside any layer: their places are not known"
         if reason:
             left_out.update(dict.fromkeys(producers, reason))
         else:
@@ -244,6 +250,19 @@ def _why_not(members: list[_Member], model: nn.Module) -> str | None:
     if all(member.output for member in members):
         return "nothing in the network reads it: it is an output"
     return None
+
+
+def _doubtful(sound: list[list[_Member]], everything: list[list[_Member]], model: nn.Module) -> set[tuple[str, bool]]:
+    """(module, whether its output) of sound groups with channels that no group has, or that are not there.
+
+    So it is where a concatenation takes in the network's input: torch-pruning then counts the places without it.
+    """
+    mine = {member.module for members in sound for member in members}
+    seen: dict[tuple[str, bool, int], set[int]] = defaultdict(set)
+    for member in (member for members in everything for member in members if member.module in mine):
+        for _, _, size in _touched(model.get_submodule(member.module), member):
+            seen[member.module, member.output, size].update(member.indices)
+    return {(module, output) for (module, output, size), indices in seen.items() if indices != set(range(size))}
 
 
 def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:

@@ -40,6 +40,22 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _PAUSE_CAP_S = 0.5  # of redis-py's own repetitions
 
 
+class _Retry(Retry):
+    """redis-py's retries, except that a refused password is not offered again and again."""
+
+    def call_with_retry(
+        self,
+        do: Callable[[], _T],
+        fail: Callable[..., Any],
+        is_retryable: Callable[[Exception], bool] | None = None,
+        with_failure_count: bool = False,
+    ) -> _T:
+        def passing(error: Exception) -> bool:
+            return not isinstance(error, _LASTING) and (is_retryable is None or is_retryable(error))
+
+        return super().call_with_retry(do, fail, passing, with_failure_count)
+
+
 def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
     """Return a client of bytes for redis://, rediss:// or unix:// (lazy: nothing is sent yet).
 
@@ -54,7 +70,7 @@ def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
             socket_connect_timeout=5,
             socket_timeout=10,
             health_check_interval=30,
-            retry=Retry(backoff, retries, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
+            retry=_Retry(backoff, retries, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
         )
     except ValueError as error:
         raise UserError(

@@ -106,9 +106,10 @@ def session(leader: int) -> dict[int, str]:
     found: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
         with contextlib.suppress(OSError, ValueError):
-            if int(folder.name) != leader and b"ZEROOUT_TEST_SESSION=%d" % os.getpid() in (
-                folder / "environ"
-            ).read_bytes():
+            if (
+                int(folder.name) != leader
+                and b"ZEROOUT_TEST_SESSION=%d" % os.getpid() in (folder / "environ").read_bytes()
+            ):
                 line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                 if line:
                     found[int(folder.name)] = line
@@ -222,7 +223,8 @@ def test_actors_learner_and_server_killed_in_the_middle_lose_no_episode(
     out, total, log = tmp_path / "out", 20, tmp_path / "log"
     config = tiny(tmp_path / "tiny.toml", episodes=total, step_minibatches=12)
     environment["ZEROOUT_TEST_SESSION"] = str(os.getpid())
-    with started(environment, log, "run", config, "--out", out) as driver:
+    mask_only = "controller.observation=mask"  # the source's Controller, whose campaign must run as well
+    with started(environment, log, "run", config, "--out", out, "--set", mask_only) as driver:
         victims = ("ray::EpisodeActor", "ray::Learner", "--unixsocket", "ray::EpisodeActor")
         for count, victim in enumerate(victims):
             wait_until(lambda: len(episodes(out)) >= 2 + 3 * count or driver.poll() is not None, "episodes go on")  # noqa: B023

@@ -162,7 +162,7 @@ def test_the_oldest_are_evicted_with_all_that_belongs_to_them(make: Any, client:
 def test_the_capacity_may_be_in_bytes(make: Any) -> None:
     one = len(_payload(0))
     replay = make(_free(capacity_bytes=2 * one + 1))
-    replay.insert(_items({i: 1.0 for i in range(3)}))
+    replay.insert(_items(dict.fromkeys(range(3), 1.0)))
     assert (replay.stats().size, replay.stats().bytes) == (2, 2 * one)
     with pytest.raises(ValueError, match=f"must fit into capacity_bytes={2 * one + 1}"):
         replay.insert([Item("big", b"x" * (2 * one + 2), 1.0)])
@@ -395,6 +395,6 @@ def test_a_batch_or_id_out_of_range_is_an_error(make: Any) -> None:
             replay.sample(size)
     with pytest.raises(ValueError, match="sequence_id must not be empty"):
         replay.insert([Item("", b"", 1.0)])
-    replay.insert(_items({i: 1.0 for i in range(600)}))  # more than one script takes
+    replay.insert(_items(dict.fromkeys(range(600), 1.0)))  # more than one script takes
     assert len(_numbers(replay.sample(2048))) == 2048
     assert replay.stats().size == 600

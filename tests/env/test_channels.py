@@ -1,0 +1,366 @@
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from env.channels import ChannelPlan, adopt
+from env.networks import resnet18, small, vgg16
+
+torch.set_num_threads(1)
+
+
+class Dense(nn.Module):
+    """Two convolutions joined, one batch-norm over both, and one reader past it; perhaps the input joined too."""
+
+    def __init__(self, *, with_input: bool = False) -> None:
+        super().__init__()
+        self.with_input = with_input
+        width = 15 if with_input else 12
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.second = nn.Conv2d(5, 7, 3, padding=1)
+        self.joined_norm = nn.BatchNorm2d(width)
+        self.third = nn.Conv2d(width, 4, 1)
+        self.past = nn.Conv2d(7, 4, 1)
+        self.classifier = nn.Linear(4, 6)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.first(images)
+        second = self.second(torch.relu(self.norm(first)))
+        parts = [images, first, second] if self.with_input else [first, second]
+        joined = self.third(torch.relu(self.joined_norm(torch.cat(parts, 1))))
+        return self.classifier((joined + self.past(second)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class Scaled(nn.Module):
+    """A convolution whose output a bare parameter scales."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3)
+        self.scale = nn.Parameter(torch.ones(5, 1, 1))
+        self.second = nn.Conv2d(5, 7, 3)
+        self.classifier = nn.Linear(7, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.classifier(self.second(self.first(images) * self.scale).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def two_convolutions() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 7, 3, bias=False),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(7, 3),
+    )
+
+
+def flattened() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 7), nn.ReLU(), nn.Linear(7, 4)
+    )
+
+
+def depthwise() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.Conv2d(5, 5, 3, groups=5),
+        nn.BatchNorm2d(5),
+        nn.Conv2d(5, 7, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(7, 4),
+    )
+
+
+def transposed() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.ConvTranspose2d(5, 7, 3, stride=2),
+        nn.BatchNorm2d(7, affine=False),
+        nn.Conv2d(7, 4, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+
+
+def grouped(factor: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3),
+        nn.Conv2d(4, 4 * factor, 3, groups=4 if factor > 1 else 2),
+        nn.ReLU(),
+        nn.Conv2d(4 * factor, 7, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(7, 4),
+    )
+
+
+NETWORKS: dict[str, Any] = {
+    "vgg16": lambda: vgg16(width=0.06),
+    "resnet18 coupled": lambda: resnet18(width=0.06),
+    "resnet18 convolution": lambda: resnet18(width=0.06, skip_convolutions=True),
+    "small": lambda: small(channels=3, width=0.1),
+    "two convolutions": lambda: nn.Sequential(nn.Conv2d(3, 2, 1), *two_convolutions()),
+    "dense": Dense,
+    "dense with input": lambda: Dense(with_input=True),
+    "flattened": flattened,
+    "depthwise": depthwise,
+    "transposed": transposed,
+    "grouped": grouped,
+    "channel multiplier": lambda: grouped(2),
+    "bare parameter": Scaled,
+}
+EXAMPLE = torch.zeros(1, 3, 8, 8)
+MADE: dict[str, tuple[nn.Module, ChannelPlan]] = {}
+
+
+def made(name: str) -> tuple[nn.Module, ChannelPlan]:
+    """The network in eval mode, and its plan; made once."""
+    if name not in MADE:
+        torch.manual_seed(0)
+        network = NETWORKS[name]().eval()
+        MADE[name] = network, ChannelPlan(network, EXAMPLE)
+    return MADE[name]
+
+
+def random_mask(plan: ChannelPlan, seed: int) -> Tensor:
+    """At least one unit of each layer, a random share of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    keep_mask = torch.rand(plan.units, generator=generator) < torch.rand((), generator=generator)
+    for layer in plan.layers:
+        keep_mask[layer.first + int(torch.randint(layer.units, (), generator=generator))] = True
+    return keep_mask
+
+
+def parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def counted_macs(network: nn.Module, images: Tensor) -> int:
+    """Independent of the plan: from the sizes that a forward pass meets."""
+    total = 0
+
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        nonlocal total
+        if isinstance(module, nn.Linear):
+            total += module.in_features * module.out_features
+        elif isinstance(module, nn.ConvTranspose2d):
+            height, width = inputs[0].shape[2:]
+            total += height * width * module.in_channels * module.out_channels * 9
+        elif isinstance(module, nn.Conv2d):
+            height, width = output.shape[2:]
+            kernel = module.kernel_size[0] * module.kernel_size[1]
+            total += height * width * module.in_channels // module.groups * module.out_channels * kernel
+
+    handles = [module.register_forward_hook(count) for module in network.modules()]
+    network(images)
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_counts_equal_those_of_the_really_compact_network(name: str, seed: int) -> None:
+    network, plan = made(name)
+    keep_mask = random_mask(plan, seed)
+    compact = plan.compact(network, keep_mask)
+    kept = plan.kept_per_layer(keep_mask)
+    assert int(plan.parameters(kept)) == parameters(compact)
+    assert int(plan.macs(kept)) == counted_macs(compact, EXAMPLE)
+    logits, classes = compact(EXAMPLE), network(EXAMPLE).shape[1]
+    assert logits.shape == (1, classes)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_compact_in_two_steps_equals_compact_at_once(name: str, seed: int) -> None:
+    network, plan = made(name)
+    last = random_mask(plan, seed)
+    between = last | random_mask(plan, seed + 1)
+    once = plan.compact(network, last)
+    twice = plan.compact(plan.compact(network, between), last, have=between)
+    assert repr(once) == repr(twice)
+    for (name_once, a), (name_twice, b) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
+        assert name_once == name_twice
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_keeping_everything_changes_nothing_and_shares_nothing(name: str) -> None:
+    network, plan = made(name)
+    images = torch.randn(2, 3, 8, 8)
+    before = copy.deepcopy(network.state_dict())
+    same = plan.compact(network, torch.ones(plan.units, dtype=torch.bool))
+    assert repr(same) == repr(network)
+    assert torch.equal(same(images), network(images))
+    for tensor in (*same.parameters(), *same.buffers()):
+        tensor.data.zero_()
+    for key, value in network.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+def test_compact_leaves_the_original_untouched() -> None:
+    network, plan = made("resnet18 coupled")
+    before, shape = copy.deepcopy(network.state_dict()), repr(network)
+    compact = plan.compact(network, random_mask(plan, 3))
+    compact.train()(torch.randn(4, 3, 8, 8)).sum().backward()
+    assert repr(network) == shape
+    assert not network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+def test_costs_of_two_convolutions_by_hand() -> None:
+    plan = ChannelPlan(two_convolutions(), torch.zeros(1, 2, 6, 6))
+    assert [(layer.name, layer.first, layer.units, layer.modules) for layer in plan.layers] == [
+        ("0", 0, 5, ("0", "1")),
+        ("3", 5, 7, ("3",)),
+    ]
+    assert plan.layer_of.tolist() == [0] * 5 + [1] * 7
+    assert plan.widths.tolist() == [5, 7]
+    # convolution 2*k*9 + k, batch-norm 2k, convolution k*m*9, linear 3m + 3; maps 6x6, then 4x4 without padding
+    kept = torch.tensor([[5, 7], [3, 2], [1, 1]])
+    assert plan.parameters(kept).tolist() == [105 + 315 + 24, 63 + 54 + 9, 21 + 9 + 6]
+    assert plan.macs(kept).tolist() == [
+        36 * 90 + 16 * 315 + 21,
+        36 * 54 + 16 * 54 + 6,
+        36 * 18 + 16 * 9 + 3,
+    ]
+
+
+def test_compact_keeps_the_very_weights_of_the_kept() -> None:
+    network = two_convolutions()
+    plan = ChannelPlan(network, torch.zeros(1, 2, 6, 6))
+    first, second = [0, 3, 4], [1, 6]
+    keep_mask = torch.zeros(12, dtype=torch.bool)
+    keep_mask[[*first, *(5 + i for i in second)]] = True
+    compact = plan.compact(network, keep_mask)
+    state, small_state = network.state_dict(), compact.state_dict()
+    for key in ("0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var"):
+        assert torch.equal(small_state[key], state[key][first])
+    assert torch.equal(small_state["3.weight"], state["3.weight"][second][:, first])
+    assert torch.equal(small_state["6.weight"], state["6.weight"][:, second])
+    assert torch.equal(small_state["6.bias"], state["6.bias"])
+
+
+def test_kept_filters_are_counted_per_layer_over_any_leading_axes() -> None:
+    plan = ChannelPlan(two_convolutions(), torch.zeros(1, 2, 6, 6))
+    keep_mask = torch.zeros(2, 3, 12, dtype=torch.bool)
+    keep_mask[0, 1, [0, 4, 5]] = True
+    keep_mask[1, 2, 5:] = True
+    assert plan.kept_per_layer(keep_mask).tolist() == [[[0, 0], [2, 1], [0, 0]], [[0, 0], [0, 0], [0, 7]]]
+    assert plan.parameters(plan.kept_per_layer(keep_mask)).shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "last"), [("vgg16", "classifier"), ("resnet18 coupled", "classifier"), ("flattened", "6")]
+)
+def test_the_classifier_is_never_pruned(name: str, last: str) -> None:
+    _, plan = made(name)
+    assert "output" in plan.left_out[last]
+    assert all(last not in layer.modules for layer in plan.layers)
+
+
+def test_vgg16_has_one_layer_for_each_convolution() -> None:
+    network, plan = made("vgg16")
+    convolutions = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
+    assert [layer.name for layer in plan.layers] == convolutions
+    assert plan.widths.tolist() == [4, 4, 8, 8, 15, 15, 15, 31, 31, 31, 31, 31, 31]
+
+
+def test_a_residual_sum_joins_its_blocks_and_skip_convolutions_part_them() -> None:
+    _, coupled = made("resnet18 coupled")
+    _, parted = made("resnet18 convolution")
+    assert len(coupled.layers) == 4 + 8  # a stage each, and the inside of each block
+    stem = coupled.layers[0].modules
+    assert {"conv", "bn", "stages.0.0.conv2", "stages.0.1.conv2"} <= set(stem)
+    assert len(parted.layers) == 4 + 8 + 5
+    joined = next(layer.modules for layer in parted.layers if "stages.0.0.conv2" in layer.modules)
+    assert set(joined) == {"stages.0.0.conv2", "stages.0.0.bn2", "stages.0.0.shortcut"}
+
+
+def test_a_flattened_map_belongs_to_its_filter_place_by_place() -> None:
+    _, plan = made("flattened")
+    owner = dict(plan.axes("4.weight"))[1]
+    assert owner.tolist() == [unit for unit in range(5) for _ in range(36)]
+
+
+def test_a_concatenation_has_an_owner_for_each_place() -> None:
+    _, plan = made("dense")
+    owner = dict(plan.axes("joined_norm.weight"))[0]
+    assert owner.tolist() == list(range(12))
+
+
+def test_a_depthwise_convolution_goes_with_its_input() -> None:
+    network, plan = made("depthwise")
+    assert plan.layers[0].modules == ("0", "1", "3", "4")
+    compact = plan.compact(network, torch.tensor([1, 0, 1, 1, 0, *[1] * 7]).bool())
+    module = compact.get_submodule("3")
+    assert isinstance(module, nn.Conv2d)
+    assert (module.groups, module.in_channels, module.out_channels, module.weight.shape[0]) == (3, 3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "module", "reason"),
+    [
+        ("grouped", "1", "grouped convolution (2 groups)"),
+        ("channel multiplier", "0", "1 is a grouped convolution (4 groups)"),
+        ("bare parameter", "first", "bare nn.Parameter"),
+    ],
+)
+def test_what_cannot_be_sliced_is_left_out_with_a_reason(name: str, module: str, reason: str) -> None:
+    _, plan = made(name)
+    assert reason in plan.left_out[module]
+    assert [layer.units for layer in plan.layers] == [7]
+
+
+def test_a_concatenation_with_the_input_is_left_out_because_its_places_are_not_known() -> None:
+    _, plan = made("dense with input")
+    assert [layer.name for layer in plan.layers] == ["third"]
+    assert "joined_norm reads channels that come from outside" in plan.left_out["first"]
+
+
+@pytest.mark.parametrize("norm", [nn.GroupNorm(3, 6), nn.GroupNorm(3, 6, affine=False), nn.PReLU(6)])
+def test_unknown_norms_keep_their_convolution_whole(norm: nn.Module) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 6, 3), norm, nn.Conv2d(6, 5, 3), nn.Flatten(), nn.Linear(80, 2))
+    plan = ChannelPlan(network, EXAMPLE)
+    assert type(norm).__name__ in plan.left_out["0"]
+    assert plan.widths.tolist() == [5]
+
+
+def test_a_network_with_nothing_to_prune_still_has_costs() -> None:
+    plan = ChannelPlan(nn.Sequential(nn.Flatten(), nn.Linear(192, 4)), EXAMPLE)
+    kept = plan.kept_per_layer(torch.ones(0, dtype=torch.bool))
+    assert (plan.units, int(plan.parameters(kept)), int(plan.macs(kept))) == (0, 772, 768)
+
+
+def test_the_plan_changes_nothing_in_its_network() -> None:
+    network = small().train()
+    before = copy.deepcopy(network.state_dict())
+    ChannelPlan(network, torch.zeros(1, 1, 8, 8))
+    assert network.training
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_fresh_network_adopts_the_tensors_of_a_compact_one(name: str) -> None:
+    network, plan = made(name)
+    compact = plan.compact(network, random_mask(plan, 11))
+    rebuilt = adopt(NETWORKS[name]().eval(), dict(compact.state_dict()))
+    images = torch.randn(2, 3, 8, 8)
+    assert repr(rebuilt) == repr(compact)
+    assert torch.equal(rebuilt(images), compact(images))
+    assert all(isinstance(parameter, nn.Parameter) for parameter in rebuilt.parameters())

@@ -1,0 +1,163 @@
+import copy
+import functools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from env.channels import ChannelPlan
+from env.data import DataConfig, Dataset, Split, normalise
+from env.networks import resnet18, small, vgg16
+from env.training import retrain
+from env.zero_out import ZeroOut, attach_zero_out
+
+torch.set_num_threads(1)
+
+
+class Past(nn.Module):
+    """A convolution that one reader takes through batch-norm and another past it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 5, 3, padding=1)
+        self.norm = nn.BatchNorm2d(5)
+        self.through = nn.Conv2d(5, 7, 3, padding=1)
+        self.past = nn.Conv2d(5, 7, 1)
+        self.classifier = nn.Linear(7, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.first(images)
+        both = self.through(torch.relu(self.norm(first))) + self.past(first)
+        return self.classifier(both.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def bare() -> nn.Sequential:
+    """Without batch-norm; a transposed convolution and a norm without weights in the middle; then flattened."""
+    return nn.Sequential(
+        nn.Conv2d(3, 5, 3, stride=2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(5, 7, 3),
+        nn.BatchNorm2d(7, affine=False),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(28, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
+
+
+NETWORKS: dict[str, Any] = {
+    "vgg16": lambda: vgg16(classes=3, width=0.06),
+    "resnet18 coupled": lambda: resnet18(classes=3, width=0.06),
+    "resnet18 convolution": lambda: resnet18(classes=3, width=0.06, skip_convolutions=True),
+    "small": lambda: small(channels=3, classes=3, width=0.1),
+    "read past its norm": Past,
+    "bare": bare,
+}
+
+
+@functools.cache
+def dataset() -> Dataset:
+    """Colour images 16x16 whose class is their brightest channel."""
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, (96,), generator=generator)
+    noise = torch.randint(0, 160, (96, 3, 16, 16), generator=generator)
+    noise[torch.arange(96), labels] += 90
+    split = Split(noise.to(torch.uint8), labels)
+    return Dataset(
+        train=split, validation=split, test=split, classes=("r", "g", "b"), mean=(0.4,) * 3, std=(0.2, 0.25, 0.3)
+    )
+
+
+@functools.cache
+def trained(name: str) -> tuple[nn.Module, ChannelPlan, Tensor]:
+    """A network after six real minibatches, in eval mode; its plan; images."""
+    torch.manual_seed(0)
+    network = NETWORKS[name]()
+    retrain(network, dataset(), DataConfig(), minibatches=6, batch_size=32, learning_rate=0.05, seed=7)
+    images = normalise(dataset().validation.images[:7], dataset().mean, dataset().std)
+    return network.eval(), ChannelPlan(network, images[:1]), images
+
+
+def random_mask(plan: ChannelPlan, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    keep_mask = torch.rand(plan.units, generator=generator) < 0.3 + 0.6 * torch.rand((), generator=generator)
+    keep_mask[[layer.first for layer in plan.layers]] = True
+    return keep_mask
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@settings(max_examples=4, deadline=None)
+@given(seed=st.integers(0, 2**31))
+@torch.inference_mode()
+def test_a_trained_network_masked_equals_it_compact(name: str, seed: int) -> None:
+    network, plan, images = trained(name)
+    keep_mask = random_mask(plan, seed)
+    masked = copy.deepcopy(network)
+    attach_zero_out(masked, plan, keep_mask)
+    compact = plan.compact(network, keep_mask)
+    assert (masked(images) - compact(images)).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["vgg16", "resnet18 coupled", "resnet18 convolution"])
+@torch.inference_mode()
+def test_a_mask_after_the_bare_convolutions_would_not_agree(name: str) -> None:
+    network, plan, images = trained(name)
+    keep_mask = random_mask(plan, 4)
+    compact = plan.compact(network, keep_mask)(images)
+    masked = copy.deepcopy(network)
+    for layer in plan.layers:
+        for path in layer.modules:
+            module = masked.get_submodule(path)
+            if isinstance(module, nn.Conv2d):
+                owner = dict(plan.axes(f"{path}.weight"))[0]
+                module.weight.mul_(keep_mask[owner].float()[:, None, None, None])
+    assert (masked(images) - compact).abs().max() > 1e-3
+    assert (network(images) - compact).abs().max() > 1e-3  # and the mask itself matters
+
+
+def test_a_mask_after_the_norm_alone_would_miss_who_reads_past_it() -> None:
+    network, plan, images = trained("read past its norm")
+    keep_mask = random_mask(plan, 4)
+    compact = plan.compact(network, keep_mask)(images)
+    masked = copy.deepcopy(network)
+    zero_out = ZeroOut(5)
+    zero_out.keep_mask.copy_(keep_mask[:5])
+    masked.get_submodule("norm").register_forward_hook(lambda _module, _inputs, output: zero_out(output))
+    assert (masked(images) - compact).abs().max() > 1e-3
+
+
+def test_zero_out_silences_the_channels_whose_bit_is_0() -> None:
+    layer = ZeroOut(3)
+    assert torch.equal(layer(torch.ones(2, 3)), torch.ones(2, 3))
+    layer.keep_mask.copy_(torch.tensor([1.0, 0.0, 1.0]))
+    maps = torch.arange(1.0, 1 + 2 * 3 * 5 * 7).view(2, 3, 5, 7)
+    expected = maps.clone()
+    expected[:, 1] = 0
+    assert torch.equal(layer(maps), expected)
+    assert torch.equal(layer(torch.tensor([[1.0, 2.0, 3.0]])), torch.tensor([[1.0, 0.0, 3.0]]))
+    assert layer(maps.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_no_gradient_passes_a_silenced_channel() -> None:
+    network, plan, images = trained("small")
+    masked = copy.deepcopy(network)
+    keep_mask = torch.ones(plan.units, dtype=torch.bool)
+    keep_mask[2] = False
+    attach_zero_out(masked, plan, keep_mask)
+    masked(images).square().sum().backward()
+    gradient = masked.get_parameter("features.0.weight").grad
+    assert gradient is not None
+    silent = gradient.flatten(1).abs().sum(1) == 0
+    assert silent.nonzero().flatten().tolist() == [2]
+
+
+def test_there_is_one_layer_for_each_module_that_carries_units() -> None:
+    network, plan, _ = trained("resnet18 convolution")
+    layers = attach_zero_out(copy.deepcopy(network), plan, torch.ones(plan.units, dtype=torch.bool))
+    assert len(layers) == 20 + 20 + 5  # convolutions with their norms, and the skips without
+    assert all(bool((layer.keep_mask == 1).all()) for layer in layers)
