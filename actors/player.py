@@ -6,6 +6,7 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 
 import base64
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
-from env.compression import CompressionEnv, EpisodeConfig
+from env.compression import CompressionEnv, EpisodeConfig, TargetReached
 from env.data import DataConfig, Dataset
 from env.recognizer import Recognizer
 from env.seeds import derive_seed
@@ -199,7 +200,7 @@ class Player:
             yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)
 
     def _candidates(self, chosen: EpisodeOrder, played: Rollout) -> Iterator[Candidate]:
-        for point in played.reached:
+        for point in _measured(played):
             yield Candidate(
                 slot=f"{chosen.group}/{point.target}",
                 score=-point.metrics.cross_entropy,
@@ -236,6 +237,11 @@ class Player:
                     "cross_entropy": point.metrics.cross_entropy,
                     "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy()).tobytes()).decode(),
                 }
-                for point in played.reached
+                for point in _measured(played)
             ],
         } | ({} if offsets is None else {"offsets": offsets.tolist()})
+
+
+def _measured(played: Rollout) -> list[TargetReached]:
+    """The networks that still say something: NaN beats nothing, and is no JSON."""
+    return [point for point in played.reached if math.isfinite(point.metrics.cross_entropy)]

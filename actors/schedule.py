@@ -4,6 +4,7 @@ A campaign is one or more groups of equally many episodes: `search`, where the C
 controls at the same budget (mission.md). Nothing here is remembered by a process, so any actor may play any episode.
 """
 
+import math
 from dataclasses import dataclass
 
 from env.errors import UserError
@@ -38,10 +39,20 @@ class ScheduleConfig:
                 raise UserError(
                     f"search.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"
                 )
-        if not 0 <= self.teacher_share < 1:
-            raise UserError(
-                "search.teacher_share", expected="in [0, 1)", got=repr(self.teacher_share), remedy="try 0.25"
-            )
+        ranges = {
+            "teacher_share": (0 <= self.teacher_share < 1, "in [0, 1)"),
+            "sigma": (0 <= self.sigma < math.inf, "a number of at least 0"),
+            "epsilon_base": (0 <= self.epsilon_base <= 1, "in [0, 1]"),
+            "epsilon_alpha": (0 <= self.epsilon_alpha < math.inf, "a number of at least 0"),
+        }
+        for name, (fine, expected) in ranges.items():
+            if not fine:
+                raise UserError(
+                    f"search.{name}",
+                    expected=expected,
+                    got=repr(getattr(self, name)),
+                    remedy="leave it out, or change it",
+                )
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown or len(set(self.controls)) < len(self.controls):
             raise UserError(
@@ -68,8 +79,8 @@ class ScheduleConfig:
 
     @property
     def teachers(self) -> int:
-        """Episodes that heuristics play at the start of `search` (and of `untrained`, its mirror)."""
-        return round(self.per_group * self.teacher_share)
+        """Episodes that heuristics play at the start of `search` (and of `untrained`, its mirror); one is left over."""
+        return min(round(self.per_group * self.teacher_share), self.per_group - 1)
 
 
 @dataclass(frozen=True, kw_only=True)

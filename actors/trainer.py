@@ -82,7 +82,7 @@ class Trainer:
         if time.monotonic() - self._beat_at < _BEAT_PERIOD_S:
             return
         self._beat_at = time.monotonic()
-        state = {
+        state: dict[str, float] = {
             "updates": self.learner.updates,
             "skipped": self.learner.skipped,
             "replay": self.services.replay.stats().size,

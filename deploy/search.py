@@ -170,7 +170,7 @@ class _Watch:
         self._start_workers()
         try:
             while self._remaining() > 0:
-                ray.wait([worker.call for worker in self.workers.values()], timeout=_POLL_S)
+                time.sleep(_POLL_S)
                 self._mirror()
                 self._revive()
                 self.progress.search(self._snapshot())

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,14 @@ __all__ = ["load_newest", "save"]
 
 _log = logging.getLogger(__name__)
 _KEPT = 3
+# what reading, json and torch's weights_only unpickler raise over a file that is not what its name says
+_NOT_VALID = (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
 
 
 def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
-    """Save a learner's state; older checkpoints beyond the newest three are removed afterwards.
+    """Save a learner's state; of what else is in the folder only the two checkpoints before it are kept.
+
+    A checkpoint with more updates is not valid, else the learner had started from it; it must not push out this one.
 
     Raises:
         UserError: the disk is full or not writable; older checkpoints are untouched.
@@ -53,9 +58,16 @@ def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
             got=str(error),
             remedy="make room there and resume; the checkpoints before it are untouched",
         ) from error
-    for old in sorted(folder.glob("update-*"))[:-_KEPT]:
-        shutil.rmtree(old, ignore_errors=True)
+    _clear(folder, final)
     return final
+
+
+def _clear(folder: Path, newest: Path) -> None:
+    """Remove all but the last `_KEPT` up to `newest`, and what killed processes left half written."""
+    found = sorted(folder.glob("update-*"))
+    kept = [path for path in found if path <= newest][-_KEPT:]
+    for path in {*found, *folder.glob(".update-*")}.difference(kept):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
@@ -63,7 +75,7 @@ def load_newest(folder: Path) -> dict[str, Any] | None:
     for path in sorted(folder.glob("update-*"), reverse=True):
         try:
             return _load(path)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except _NOT_VALID as error:
             _log.warning("checkpoint %s is not valid (%s); trying the one before it", path, error)
     return None
 

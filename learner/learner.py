@@ -1,8 +1,9 @@
 """The R2D2 learner: samples sequences, updates the Controller, writes priorities back.
 
-Owns no process and no connection: the replay is handed in, Ray stands in actors/learner_actor.py.
+Owns no process and no connection: the replay is handed in by actors/trainer.py.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,10 +15,13 @@ from torch import Tensor, nn
 from agents.controller import Controller, Judgement, RecurrentState
 from agents.ladder import Ladder
 from env.errors import NonFiniteError, UserError
+from env.importance import FEATURES
 from learner.losses import n_step_targets, r2d2_loss, rescale, unrescale
-from learner.sequence import Batch, SequenceConfig, collate
+from learner.sequence import Batch, ForeignSequenceError, SequenceConfig, collate
 
 __all__ = ["Learner", "LearnerConfig", "SampledSequences", "SequenceReplay", "UpdateReport"]
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class LearnerConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
-        whole = ("batch_size", "n_step", "target_update_period", "publish_period", "checkpoint_period")
+        periods = ("target_update_period", "publish_period", "checkpoint_period")
+        whole = ("batch_size", "n_step", *periods, "max_bad_updates")
         wrong = [(name, "at least 1") for name in whole if getattr(self, name) < 1]
         positive = ("learning_rate", "adam_epsilon", "gradient_clip")
         wrong += [(name, "above 0") for name in positive if not getattr(self, name) > 0]
@@ -51,9 +56,17 @@ class LearnerConfig:
 class SampledSequences(Protocol):
     """What a replay hands out: parallel lists over B sequences."""
 
-    keys: list[str]
-    weights: np.ndarray
-    arrays: list[dict[str, np.ndarray]]
+    @property
+    def keys(self) -> list[str]:
+        """What `update` knows them by."""
+
+    @property
+    def weights(self) -> np.ndarray:
+        """Importance-sampling weights, float [B]."""
+
+    @property
+    def arrays(self) -> list[dict[str, np.ndarray]]:
+        """What `learner.sequence.cut` made."""
 
 
 class SequenceReplay(Protocol):
@@ -62,8 +75,8 @@ class SequenceReplay(Protocol):
     def sample(self, batch_size: int) -> SampledSequences | None:
         """Draw by priority; None when it is not the learner's turn."""
 
-    def update(self, keys: list[str], priorities: np.ndarray) -> None:
-        """Write new priorities back."""
+    def update(self, keys: list[str], priorities: np.ndarray) -> int:
+        """Write new priorities back; returns how many sequences were still there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +101,7 @@ class Learner:
 
     Attributes:
         updates: updates made.
-        skipped: updates not made because a loss or gradient was not finite.
+        skipped: updates not made because a loss or gradient was not finite, or a sequence not one of ours.
 
     """
 
@@ -111,17 +124,19 @@ class Learner:
         """Sample, learn, write priorities back; None when the replay has nothing for us now.
 
         Raises:
-            NonFiniteError: `max_bad_updates` updates in a row were not finite; the weights are the last good ones.
+            NonFiniteError: `max_bad_updates` updates in a row were skipped; the weights are the last good ones.
 
         """
         sample = self.replay.sample(self.config.batch_size)
         if sample is None:
             return None
-        batch = collate(sample.arrays, self.sequences, self.controller.plan.units)
+        batch = self._collated(sample)
+        if batch is None:
+            return None
         loss, priorities = self.loss(batch, torch.as_tensor(sample.weights, dtype=torch.float32))
         norm = self._step(loss)
         if norm is None:
-            self._skip(sample.keys)
+            self._skip(sample.keys, "the loss or a gradient is not finite; lower learner.learning_rate and resume")
             return None
         self._bad_in_a_row = 0
         self.replay.update(sample.keys, priorities.double().numpy())
@@ -131,6 +146,19 @@ class Learner:
         return UpdateReport(
             updates=self.updates, loss=loss.item(), mean_priority=priorities.mean().item(), gradient_norm=norm
         )
+
+    def _collated(self, sample: SampledSequences) -> Batch | None:
+        """The batch, or None where a sequence is not one of ours; that one is hardly ever drawn again."""
+        config = self.controller.config
+        kinds = len(FEATURES) if config.observation == "features" else 0
+        units, hidden = self.controller.plan.units, config.hidden_size
+        try:
+            return collate(sample.arrays, self.sequences, units=units, kinds=kinds, hidden=hidden)
+        except ForeignSequenceError as error:
+            key = sample.keys[error.index]
+            self.replay.update([key], np.zeros(1))
+            self._skip([key], error.problem)
+            return None
 
     def loss(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The R2D2 loss [] of a batch, and its sequences' new priorities [B]."""
@@ -170,13 +198,14 @@ class Learner:
         self.optimizer.step()
         return norm.item()
 
-    def _skip(self, keys: list[str]) -> None:
+    def _skip(self, keys: list[str], reason: str) -> None:
         self.skipped += 1
         self._bad_in_a_row += 1
+        _log.warning("learner: update skipped (%s)", reason)
         if self._bad_in_a_row >= self.config.max_bad_updates:
             raise NonFiniteError(
-                f"learner: {self._bad_in_a_row} updates in a row had a loss or gradient that is not finite, the last "
-                f"on sequences {', '.join(keys[:4])}; lower learner.learning_rate and resume"
+                f"learner: {self._bad_in_a_row} updates in a row were skipped, the last on sequences "
+                f"{', '.join(keys[:4])}: {reason}"
             )
 
     def state_dict(self) -> dict[str, Any]:

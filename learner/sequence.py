@@ -17,7 +17,7 @@ from torch import Tensor
 from agents.controller import Observations, RecurrentState
 from env.errors import UserError
 
-__all__ = ["Batch", "EpisodeTrace", "SequenceConfig", "collate", "cut"]
+__all__ = ["Batch", "EpisodeTrace", "ForeignSequenceError", "SequenceConfig", "collate", "cut"]
 
 Arrays = dict[str, np.ndarray]
 
@@ -106,15 +106,35 @@ class Batch:
         return torch.arange(len(self.rewards))[:, None] < self.length
 
 
-def collate(sequences: Sequence[Mapping[str, np.ndarray]], config: SequenceConfig, units: int) -> Batch:
-    """Put decoded sequences side by side.
+class ForeignSequenceError(ValueError):
+    """A sequence is of another network or another configuration, or poisoned; `index` is its place in the batch."""
+
+    def __init__(self, index: int, problem: str) -> None:
+        super().__init__(index, problem)
+        self.index, self.problem = index, problem
+
+    def __str__(self) -> str:
+        return f"sequence {self.index} of the batch is not one of ours: {self.problem}"
+
+
+def collate(
+    sequences: Sequence[Mapping[str, np.ndarray]], config: SequenceConfig, *, units: int, kinds: int, hidden: int
+) -> Batch:
+    """Put decoded sequences side by side, whatever wrote them.
+
+    Args:
+        sequences: at least one, as `cut` makes them.
+        config: how they were cut.
+        units: F, the filters of this network.
+        kinds: K, the features of each filter; 0 where the Controller does not read them.
+        hidden: H, the size of the recurrent state.
 
     Raises:
-        ValueError: a sequence's arrays do not fit each other or this network.
+        ForeignSequenceError: a sequence's arrays do not fit each other, this network or this configuration, or hold
+            numbers that are not finite.
 
     """
     time, batch = config.burn_in + config.unroll_length + 1, len(sequences)
-    kinds = sequences[0]["features"].shape[-1] if sequences else 0
     accuracy, compression = np.zeros((time, batch), np.float32), np.zeros((time, batch), np.float32)
     keep_mask = np.ones((time, batch, units), bool)
     features = np.zeros((time, batch, units, kinds), np.float32)
@@ -124,8 +144,11 @@ def collate(sequences: Sequence[Mapping[str, np.ndarray]], config: SequenceConfi
     place = np.zeros((3, batch), np.int64)
     length = np.zeros(batch, np.int64)
     for b, sequence in enumerate(sequences):
-        _check(sequence, config, units)
-        start, burnt, ended = place[:, b] = sequence["place"]
+        problem = _misfit(sequence, units, kinds, hidden) or _nonsense(sequence, config, units)
+        if problem:
+            raise ForeignSequenceError(b, problem)
+        place[:, b] = sequence["place"]
+        burnt, ended = place[1:, b]
         steps = len(sequence["rewards"])
         length[b] = steps - burnt
         here = slice(config.burn_in - burnt, config.burn_in - burnt + steps + 1)
@@ -164,27 +187,41 @@ def _masks(sequence: Mapping[str, np.ndarray], units: int) -> tuple[np.ndarray, 
     return first & ~gone, zeroed
 
 
-def _check(sequence: Mapping[str, np.ndarray], config: SequenceConfig, units: int) -> None:
-    """Refuse a sequence of another network or another configuration, whatever wrote it."""
-    try:
-        start, burnt, _ended = sequence["place"].tolist()
-        steps, zeroed = len(sequence["rewards"]), sequence["zeroed"]
-        fits = (
-            start >= 0
-            and burnt == (config.burn_in if start else 0)
-            and burnt < steps <= burnt + config.unroll_length
-            and len(sequence["accuracy"]) == len(sequence["compression"]) == steps + 1
-            and sequence["features"].shape[:2] == (steps + 1, units)
-            and len(sequence["first_mask"]) == (units + 7) // 8
-            and len(sequence["zeroed_per_step"]) == steps
-            and sequence["zeroed_per_step"].min() >= 0
-            and sequence["zeroed_per_step"].sum() == len(zeroed)
-            and (len(zeroed) == 0 or (zeroed.min() >= 0 and zeroed.max() < units))
-            and sequence["state"].ndim == 2
-            and all(np.isfinite(sequence[name]).all() for name in ("accuracy", "compression", "rewards", "features"))
-        )
-    except (KeyError, ValueError, IndexError, AttributeError) as error:
-        raise ValueError(f"a sequence is not one of ours: {error!r}") from error
-    if not fits:
-        shapes = {name: list(array.shape) for name, array in sequence.items()}
-        raise ValueError(f"expected a sequence of {units} filters cut with {config}, got arrays {shapes}")
+def _misfit(sequence: Mapping[str, np.ndarray], units: int, kinds: int, hidden: int) -> str:
+    """What is wrong with the names, dtypes and shapes of a sequence's arrays; nothing where they fit."""
+    sizes = {name: array.size for name, array in sequence.items()}
+    steps = sizes.get("rewards", 0)
+    expected = {
+        "first_mask": ("uint8", ((units + 7) // 8,)),
+        "zeroed": ("int32", (sizes.get("zeroed", 0),)),
+        "zeroed_per_step": ("int32", (steps,)),
+        "accuracy": ("float32", (steps + 1,)),
+        "compression": ("float32", (steps + 1,)),
+        "features": ("float16", (steps + 1, units, kinds)),
+        "rewards": ("float32", (steps,)),
+        "state": ("float32", (2, hidden)),
+        "place": ("int32", (3,)),
+    }
+    found = {name: (array.dtype.name, array.shape) for name, array in sequence.items()}
+    for name in expected | found:
+        if expected.get(name) != found.get(name):
+            return f"{name}: expected {expected.get(name, 'no such array')}, got {found.get(name, 'nothing')}"
+    return ""
+
+
+def _nonsense(sequence: Mapping[str, np.ndarray], config: SequenceConfig, units: int) -> str:
+    """What is wrong with the values of a sequence whose arrays fit; nothing where they can be ours."""
+    start, burnt, _ended = sequence["place"].tolist()
+    steps, zeroed, counts = len(sequence["rewards"]), sequence["zeroed"], sequence["zeroed_per_step"]
+    if start < 0 or burnt != (config.burn_in if start else 0):
+        return f"place: expected a burn-in of {config.burn_in} steps, none at 0, got {burnt} before {start}"
+    if not burnt < steps <= burnt + config.unroll_length:
+        return f"rewards: expected {burnt + 1} to {burnt + config.unroll_length} steps, got {steps}"
+    if (counts < 0).any() or counts.sum() != len(zeroed):
+        return f"zeroed_per_step: expected counts with the sum {len(zeroed)}, got {counts.tolist()}"
+    if ((zeroed < 0) | (zeroed >= units)).any():
+        return f"zeroed: expected 0 to {units - 1}, got {zeroed.min()} to {zeroed.max()}"
+    for name in ("accuracy", "compression", "features", "rewards", "state"):
+        if not np.isfinite(sequence[name]).all():
+            return f"{name}: expected finite numbers, got NaN or infinity"
+    return ""

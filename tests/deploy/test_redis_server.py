@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import stat
@@ -107,6 +108,23 @@ def test_a_supervisor_killed_takes_the_server_with_it(tmp_path: Path) -> None:
         assert server._supervisor is not None
         os.kill(server._supervisor.pid, signal.SIGKILL)
         _wait_for(lambda: not _alive(pid))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="PR_SET_PDEATHSIG")
+def test_the_folder_stays_locked_while_the_server_itself_lives(tmp_path: Path) -> None:
+    with EmbeddedServer(tmp_path) as server, (tmp_path / "lock").open() as lock:
+        pid = server.pid
+        os.kill(pid, signal.SIGSTOP)  # so that it outlives its supervisor
+        try:
+            assert server._supervisor is not None
+            server._supervisor.kill()
+            server._supervisor.wait()
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        _wait_for(lambda: not _alive(pid))
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_ctrl_c_in_the_owners_terminal_does_not_reach_the_server(tmp_path: Path) -> None:

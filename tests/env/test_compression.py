@@ -104,7 +104,7 @@ def test_a_target_reached_is_reported_with_the_counts_of_its_compact_network() -
     env.reset()
     action = half_of_each_layer(env)
     observation, _, terminated, truncated, info = env.step(action)
-    assert not (terminated or truncated)
+    assert (terminated, truncated) == (False, False)
     assert [point.target for point in info["reached"]] == [0.3, 0.5]
     for point in info["reached"]:
         count = sum(parameter.numel() for parameter in point.body.network.parameters())

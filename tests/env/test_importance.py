@@ -68,10 +68,8 @@ def test_taylor_is_the_slope_of_the_loss_as_the_gate_closes() -> None:
     data = batches()
     scores = taylor(network, plan_of(network), everything(plan_of(network)), data)
     for unit in range(8):
-        if unit < 5:
-            gates = [("1.weight", unit), ("1.bias", unit)]
-        else:
-            gates = [("3.weight", unit - 5), ("3.bias", unit - 5)]
+        module, index = ("1", unit) if unit < 5 else ("3", unit - 5)
+        gates = [(f"{module}.weight", index), (f"{module}.bias", index)]
         slopes = [slope(network, gates, images, labels) for images, labels in data]
         expected = math.sqrt(sum(s * s for s in slopes) / len(slopes))
         assert float(scores[unit]) == pytest.approx(expected, rel=1e-3, abs=1e-7)

@@ -107,7 +107,11 @@ def test_the_best_candidate_of_each_slot_stays(ledger: Ledger) -> None:
     ledger.complete(2, _record(2), [Candidate("80", 1e-300, b"equal", "n")])
     assert ledger.best("80") == Candidate("80", 1e-300, b"new", "n")
     assert ledger.best("90") == Candidate("90", 0.1 + 0.2, b"", "")
-    assert ledger.slots() == ["80", "90"]
+    ledger.open("config-1", 5)
+    ledger.complete(3, _record(3), [Candidate("95", 9.0, b"nine", "")])
+    ledger.complete(4, _record(4), [Candidate("95", 10.0, b"ten", "")])  # as numbers, not as text
+    assert ledger.best("95") == Candidate("95", 10.0, b"ten", "")
+    assert ledger.slots() == ["80", "90", "95"]
 
 
 def test_lost_records_are_restored_once(ledger: Ledger) -> None:
