@@ -13,7 +13,7 @@ import json
 import math
 import os
 import platform
-import secrets
+import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
@@ -22,10 +22,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from env.errors import UserError
+from env.files import replace_file, sync
 
 __all__ = ["CampaignFolder", "read_json", "versions", "write_atomic", "write_json"]
 
-_TMP_SUFFIX = ".zeroout-tmp"
 # What the user can mend, in words; any other failure of the operating system is ours and passes through.
 _DISK_TROUBLE = {
     errno.ENOSPC: "a full disk",
@@ -35,6 +35,9 @@ _DISK_TROUBLE = {
     errno.EPERM: "no permission to write",
 }
 
+# what a crash leaves of env.files.replace_file
+_TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
+
 
 def write_atomic(path: Path, data: bytes | str) -> None:
     """Replace `path` by `data` (text as UTF-8): it holds all of it or is as it was, also after a crash.
@@ -42,15 +45,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises UserError when the disk is full or not writable; the old file is then untouched.
     """
     payload = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}{_TMP_SUFFIX}")
-    try:
-        with _disk_trouble_named(path):
-            with temporary.open("wb", buffering=0) as file:
-                _write_durably(file, payload)
-            os.replace(temporary, path)
-            _sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with _disk_trouble_named(path), replace_file(path) as temporary, temporary.open("wb", buffering=0) as file:
+        _write_durably(file, payload)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -214,7 +210,7 @@ class CampaignFolder:
                     file.truncate(end)
                     raise
             if is_new:
-                _sync_folder(self.path)
+                sync(self.path)
 
     def read_episodes(self) -> list[dict[str, Any]]:
         """Return all episode records in the order written, the first of each id; a torn last line is ignored.
@@ -270,7 +266,7 @@ class CampaignFolder:
         if not self.path.exists():
             return
         # A crash between our temporary file and its rename leaves only the former: still an empty folder.
-        foreign = sorted(entry.name for entry in self.path.iterdir() if not entry.name.endswith(_TMP_SUFFIX))
+        foreign = sorted(entry.name for entry in self.path.iterdir() if not _TEMPORARY.match(entry.name))
         if foreign:
             raise UserError(
                 str(self.path),
@@ -302,15 +298,6 @@ def _write_durably(file: io.FileIO, data: bytes) -> None:
     while rest:
         rest = rest[file.write(rest) :]
     os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    """Make a rename in `path` durable: the name lives in the folder, not in the file."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _committed_end(file: io.FileIO, block_bytes: int = 1 << 16) -> int:

@@ -248,7 +248,7 @@ class _Watch:
         elapsed = time.monotonic() - self.started
         played, total = len(self.records) - self.before, self.config.search.total
         left = (total - len(self.records)) * elapsed / played if played else None
-        beats = {name: json.loads(text) for name, text in self.ledger.beats().items()}
+        beats = {name: json.loads(text) for name, text in self._beats().items()}
         learner = beats.get("learner", {})
         return SearchSnapshot(
             done=len(self.records),
@@ -261,6 +261,9 @@ class _Watch:
             seconds_elapsed=elapsed,
             seconds_left=left,
         )
+
+    def _beats(self) -> dict[str, str]:
+        return retrying(self.ledger.beats, _OUTAGE_S, url=self.brief.redis_url)
 
     def _actor_line(self, name: str, beat: dict[str, Any]) -> ActorLine:
         mine = [record for record in self.records if record["actor"] == name]

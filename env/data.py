@@ -11,10 +11,8 @@ import logging
 import math
 import os
 import struct
-import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from env.errors import UserError
+from env.files import replace_file
 
 __all__ = [
     "DataConfig",
@@ -38,7 +37,6 @@ __all__ = [
     "default_cache",
     "load_dataset",
     "normalise",
-    "replace_file",
     "require_batch",
 ]
 
@@ -255,30 +253,6 @@ def _moved(images: Tensor, *, flip: bool, shift_pixels: int, generator: torch.Ge
     if flip:
         images = torch.where(mirrored.to(images.device), images.flip(3), images)
     return images
-
-
-@contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; on leaving it is synced and takes the name `path`.
-
-    A crash leaves the old file or the new one, never half of one. After an exception nothing is replaced.
-    """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        _sync(temporary)
-        temporary.replace(path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _digits() -> tuple[tuple[str, ...], Split]:

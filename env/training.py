@@ -22,8 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from env.data import DataConfig, Dataset, Split, augment, check_fields, normalise, replace_file, require_batch
+from env.data import DataConfig, Dataset, Split, augment, check_fields, normalise, require_batch
 from env.errors import NonFiniteError, UserError
+from env.files import replace_file
 
 __all__ = ["EpochReport", "Metrics", "TrainConfig", "evaluate", "retrain", "train"]
 

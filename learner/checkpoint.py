@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from env.errors import UserError
+from env.files import sync
 
 __all__ = ["load_newest", "save"]
 
@@ -49,7 +50,7 @@ def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
@@ -96,11 +97,3 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

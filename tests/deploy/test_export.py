@@ -65,5 +65,5 @@ def test_a_file_that_disagrees_is_removed_and_said_so(
 def test_a_point_or_format_that_is_not_there_is_named(campaign: CampaignFolder) -> None:
     with pytest.raises(UserError, match=r"one of 0\.5, 0\.8"):
         export(campaign, compression=0.65)
-    with pytest.raises(UserError, match="safetensors | onnx"):
+    with pytest.raises(UserError, match=r"safetensors \| onnx"):
         export(campaign, formats=["tflite"])

@@ -24,10 +24,10 @@ from env.data import (
     default_cache,
     load_dataset,
     normalise,
-    replace_file,
     require_batch,
 )
 from env.errors import UserError
+from env.files import replace_file
 
 ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "cifar10-jpeg.tar.xz"
 DIGITS = load_dataset(DataConfig())

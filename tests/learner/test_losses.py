@@ -65,7 +65,9 @@ def test_rescaling_is_the_papers_formula() -> None:
 
 
 def test_unrescaling_by_hand() -> None:
-    torch.testing.assert_close(unrescale(torch.tensor([0.0, 1.003, -2.008, 9.099])), torch.tensor([0.0, 3.0, -8.0, 99.0]))
+    torch.testing.assert_close(
+        unrescale(torch.tensor([0.0, 1.003, -2.008, 9.099])), torch.tensor([0.0, 3.0, -8.0, 99.0])
+    )
 
 
 @given(st.floats(-1e4, 1e4, width=32))
