@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import uuid
 from pathlib import Path
 
 import pytest
@@ -204,7 +205,7 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_a_crash_at_the_very_start_left_is_no_foreign_file(tmp_path: Path) -> None:
-    (tmp_path / ".campaign.toml.1.ab.zeroout-tmp").write_text("[sea")
+    (tmp_path / f".campaign.toml.{uuid.uuid4().hex}.tmp").write_text("[sea")
     assert CampaignFolder.create(tmp_path, TOML).campaign_toml.read_text() == TOML
 
 
