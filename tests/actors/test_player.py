@@ -1,0 +1,315 @@
+import base64
+import json
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import redis
+import torch
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+import actors.player
+from actors.player import Brief, Player, new_controller
+from actors.rollout import Rollout, rollout
+from actors.schedule import ScheduleConfig, order
+from agents.controller import ControllerConfig
+from agents.cross_entropy import next_offsets
+from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
+from env.compression import EpisodeConfig
+from env.data import DataConfig, Dataset, load_dataset
+from env.networks import NetworkConfig
+from env.training import Metrics
+from learner.learner import LearnerConfig
+from learner.replay.ledger import Ledger
+from learner.replay.replay import Replay, ReplayConfig
+from learner.replay.weights import WeightStore
+from learner.sequence import SequenceConfig, collate
+
+torch.set_num_threads(1)
+
+DATA = DataConfig(train_limit=100, validation_share=0.1)
+SEARCH = 3  # episodes of each group; the first is a teacher's
+RECORD = {
+    "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "seconds", "phases", "weights_version",
+    "return", "finished", "curve", "targets",
+}  # fmt: skip
+POINT = {"target", "compression", "parameters", "macs", "accuracy", "cross_entropy", "keep_bits"}
+
+
+@pytest.fixture(scope="module")
+def dataset() -> Dataset:
+    return load_dataset(DATA)
+
+
+@pytest.fixture
+def brief(redis_url: str, prefix: str) -> Brief:
+    """A campaign of six tiny episodes: three of the search (a teacher's, then the Controller's), three of cem."""
+    form = NetworkForm(network=NetworkConfig(width=0.25), channels=1, classes=10, image_size=8)
+    network = form.build()
+    return Brief(
+        form=form,
+        baseline=network_to_bytes(network, form),
+        image_shape=(1, 8, 8),
+        given_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        data=DATA,
+        episode=EpisodeConfig(
+            targets=(0.5, 0.8),
+            waypoints=3,
+            batch_size=16,
+            step_minibatches=1,
+            recovery_minibatches=1,
+            step_images=40,
+            score_images=32,
+        ),
+        controller=ControllerConfig(hidden_size=5),
+        sequences=SequenceConfig(burn_in=1, unroll_length=2, sequence_period=1),
+        learner=LearnerConfig(),
+        replay=ReplayConfig(min_sequences=1),
+        schedule=ScheduleConfig(episodes=SEARCH, actors=2, teacher_share=0.34, controls=("cem",)),
+        seed=3,
+        redis_url=redis_url,
+        prefix=prefix,
+        lease_s=60.0,
+    )
+
+
+@pytest.fixture
+def ledger(client: redis.Redis, brief: Brief) -> Ledger:
+    opened = Ledger(client, brief.prefix)
+    opened.open("test", brief.schedule.total)
+    return opened
+
+
+@pytest.fixture
+def replay(client: redis.Redis, brief: Brief) -> Replay:
+    return Replay(client, brief.prefix, brief.replay, np.random.default_rng(0))
+
+
+def played(player: Player) -> dict[str, Any]:
+    record = player.play()
+    assert record is not None
+    return record
+
+
+def skip_search(ledger: Ledger, episodes: int = SEARCH) -> None:
+    """Let somebody else have played the whole search."""
+    for episode in range(episodes):
+        assert ledger.claim("another", 60.0) == episode
+        assert ledger.complete(episode, json.dumps({"id": episode, "policy": "controller", "return": -1.0}))
+
+
+def test_a_player_plays_what_the_schedule_says_and_records_it(brief: Brief, dataset: Dataset, ledger: Ledger) -> None:
+    player = Player("actor-0", brief, dataset)
+    records = [played(player) for _ in range(2)]
+    assert [json.loads(line) for line in ledger.records()] == records
+    for episode, record in enumerate(records):
+        chosen = order(brief.schedule, episode, seed=brief.seed)
+        assert set(record) == RECORD
+        told = {name: record[name] for name in ("id", "group", "policy", "epsilon", "sigma", "seed")}
+        assert told == {
+            "id": episode,
+            "group": "search",
+            "policy": chosen.policy,
+            "epsilon": chosen.epsilon,
+            "sigma": chosen.sigma,
+            "seed": chosen.seed,
+        }
+        assert record["actor"] == "actor-0"
+        assert record["steps"] == 3 == len(record["curve"]) - 1
+        assert record["seconds"] >= 0.99 * sum(record["phases"].values()) - 0.01 > 0
+        assert all(len(point) == 2 for point in record["curve"])
+        json.dumps(record, allow_nan=False)
+    assert [record["policy"] for record in records] == ["taylor", "controller"]
+    assert ledger.remaining() == brief.schedule.total - 2
+
+
+def test_a_records_targets_say_which_filters_are_kept_and_what_that_costs(
+    brief: Brief, dataset: Dataset, ledger: Ledger
+) -> None:
+    player = Player("actor-0", brief, dataset)
+    targets = played(player)["targets"]
+    assert [point["target"] for point in targets] == [0.5, 0.8]
+    for point in targets:
+        assert set(point) == POINT
+        bits = np.frombuffer(base64.b64decode(point["keep_bits"]), np.uint8)
+        kept = player.plan.kept_per_layer(torch.from_numpy(np.unpackbits(bits, count=player.plan.units)).bool())
+        assert int(player.plan.parameters(kept)) == point["parameters"]
+        assert point["compression"] == pytest.approx(1 - point["parameters"] / brief.given_parameters)
+        best = ledger.best(f"search/{point['target']}")
+        assert best is not None
+        assert best.score == pytest.approx(-point["cross_entropy"])
+        assert json.loads(best.meta) == {"episode": 0, "policy": "taylor"}
+        network = network_from_bytes(best.payload, brief.form)
+        assert sum(parameter.numel() for parameter in network.parameters()) == point["parameters"]
+
+
+@pytest.mark.parametrize(("observation", "kinds"), [("features", 3), ("mask", 0)])
+def test_its_sequences_are_what_the_learner_reads(
+    brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, observation: str, kinds: int
+) -> None:
+    brief = replace(brief, controller=replace(brief.controller, observation=observation))
+    player = Player("actor-0", brief, dataset)
+    record = played(player)
+    assert (replay.stats().size, replay.stats().inserted) == (2, 2)
+    sample = replay.sample(7)
+    assert sample is not None
+    batch = collate(sample.arrays, brief.sequences, units=player.plan.units, kinds=kinds, hidden=5)
+    by_start = {int(start): b for b, start in enumerate(batch.step[0])}
+    assert set(by_start) == {0, 1}
+    curve = batch.observations.accuracy[1:, by_start[0]], batch.observations.accuracy[:, by_start[1]]
+    expected = [accuracy for _, accuracy in record["curve"]]
+    assert [part.tolist() for part in curve] == [
+        pytest.approx(expected[:3], abs=1e-5),
+        pytest.approx(expected, abs=1e-5),
+    ]
+
+
+def test_an_episode_played_again_after_a_crash_before_its_record_is_in_the_replay_once(
+    brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class KilledError(Exception):
+        """Stands for kill -9."""
+
+    def killed(*_: Any) -> bool:
+        raise KilledError
+
+    first = Player("actor-0", brief, dataset)
+    monkeypatch.setattr(first.services.ledger, "complete", killed)
+    with pytest.raises(KilledError):
+        first.play()
+    assert replay.stats().size == 2
+    assert ledger.records() == []
+    assert ledger.in_flight() == [(0, "actor-0")]
+    second = Player("actor-0", brief, dataset)
+    assert ledger.in_flight() == []
+    assert played(second)["id"] == 0
+    assert (replay.stats().size, replay.stats().inserted) == (2, 2)
+    assert [json.loads(line)["id"] for line in ledger.records()] == [0]
+
+
+def test_a_restarted_player_gives_back_what_it_had_claimed_and_nothing_of_others(
+    brief: Brief, dataset: Dataset, ledger: Ledger
+) -> None:
+    assert [ledger.claim(owner, 60.0) for owner in ("actor-0", "actor-1", "actor-0")] == [0, 1, 2]
+    player = Player("actor-0", brief, dataset)
+    assert ledger.in_flight() == [(1, "actor-1")]
+    assert played(player)["id"] == 0
+
+
+def test_when_nothing_is_free_nothing_is_played(brief: Brief, dataset: Dataset, ledger: Ledger) -> None:
+    player = Player("actor-0", brief, dataset)
+    for _ in range(brief.schedule.total):
+        ledger.claim("another", 60.0)
+    assert player.play() is None
+    assert ledger.records() == []
+
+
+def test_the_same_episode_is_the_same_whoever_plays_it(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis
+) -> None:
+    elsewhere = replace(brief, prefix=f"{brief.prefix}-elsewhere")
+    Ledger(client, elsewhere.prefix).open("test", brief.schedule.total)
+    players = Player("actor-0", brief, dataset), Player("actor-1", elsewhere, dataset)
+    for one, other in ((played(players[0]), played(players[1])) for _ in range(2)):
+        assert one["curve"] == other["curve"]
+        assert one["targets"] == other["targets"]
+
+
+def test_new_weights_are_pulled_before_an_episode_and_the_record_tells_their_version(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis
+) -> None:
+    player = Player("actor-0", brief, dataset)
+    learned = new_controller(brief, player.plan)
+    for parameter in learned.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    WeightStore(client, brief.prefix).publish(7, save_tensors(learned.state_dict()))
+    assert [played(player)["weights_version"] for _ in range(2)] == [0, 7]  # a teacher's, then the Controller's own
+    for mine, theirs in zip(player._controller.parameters(), learned.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+    for mine, theirs in zip(player._fresh.parameters(), new_controller(brief, player.plan).parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_every_worker_starts_from_the_same_controller_and_leaves_the_global_generator_alone(
+    brief: Brief, dataset: Dataset, ledger: Ledger
+) -> None:
+    plan = Player("actor-0", brief, dataset).plan
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    one, other = new_controller(brief, plan), new_controller(brief, plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+def test_controls_do_not_feed_the_replay(brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay) -> None:
+    skip_search(ledger)
+    record = played(Player("actor-0", brief, dataset))
+    assert (record["group"], record["policy"]) == ("cem", "cem")
+    assert replay.stats().inserted == 0
+    assert ledger.best("search/0.8") is None
+    assert ledger.best("cem/0.8") is not None
+
+
+def test_the_cross_entropy_method_goes_on_from_the_records_of_its_own_episodes(
+    brief: Brief, dataset: Dataset, ledger: Ledger
+) -> None:
+    brief = replace(brief, schedule=replace(brief.schedule, episodes=11))
+    ledger.open("test", 22)
+    skip_search(ledger, 11)
+    player = Player("actor-0", brief, dataset)
+    random, finished = np.random.default_rng(0), []
+    for episode in range(11, 21):
+        offsets, reward = random.standard_normal(len(player.plan.layers)) + 5, float(random.standard_normal())
+        finished.append((offsets, reward))
+        assert ledger.claim("another", 60.0) == episode
+        line = {"id": episode, "policy": "cem", "return": reward, "offsets": offsets.tolist()}
+        assert ledger.complete(episode, json.dumps(line))
+    record = played(player)
+    assert set(record) == RECORD | {"offsets"}
+    layers, seed = len(player.plan.layers), order(brief.schedule, 21, seed=brief.seed).seed
+    assert record["offsets"] == next_offsets(finished, layers, seed=seed).tolist()
+    assert np.mean(record["offsets"]) > 1  # half way from 0 to about 5
+
+
+def test_players_of_the_search_wait_for_a_learner_that_is_behind_and_controls_do_not(
+    brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay
+) -> None:
+    brief = replace(brief, replay=replace(brief.replay, replay_ratio=100.0, replay_ratio_tolerance=150.0))
+    player = Player("actor-0", brief, dataset)
+    assert played(player)["id"] == 0  # two sequences: 200 more to be sampled than were
+    assert player.play() is None
+    assert ledger.in_flight() == []
+    for episode in range(1, SEARCH):
+        ledger.complete(episode, json.dumps({"id": episode, "policy": "controller"}))
+    assert played(player)["group"] == "cem"
+
+
+def test_a_network_whose_cross_entropy_is_nan_is_neither_a_candidate_nor_in_the_record(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any, **options: Any) -> Rollout:
+        result = rollout(*args, **options)
+        first, second = result.reached
+        return replace(result, reached=[first, replace(second, metrics=Metrics(accuracy=0.1, cross_entropy=math.nan))])
+
+    monkeypatch.setattr(actors.player, "rollout", broken)
+    record = played(Player("actor-0", brief, dataset))
+    assert [point["target"] for point in record["targets"]] == [0.5]
+    assert ledger.best("search/0.5") is not None
+    assert ledger.best("search/0.8") is None
+    assert len(ledger.records()) == 1
+
+
+def test_a_step_renews_the_lease_and_beats(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player, renewed = Player("actor-0", brief, dataset), []
+    monkeypatch.setattr(player.services.ledger, "renew", lambda *call: renewed.append(call))
+    record = played(player)
+    assert renewed == [(0, "actor-0", 60.0)] * 3
+    beat = json.loads(ledger.beats()["actor-0"])
+    assert (beat["episode"], beat["step"]) == (0, 3)
+    assert [beat["compression"], beat["accuracy"]] == pytest.approx(record["curve"][-1], abs=1e-6)
