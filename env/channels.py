@@ -56,8 +56,9 @@ class ChannelPlan:
     """
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
-        model = copy.deepcopy(network).eval()
-        groups, self.left_out = _find_groups(model, example)
+        with torch.inference_mode(False), torch.enable_grad():  # the graph is read from the gradients' own
+            model = copy.deepcopy(network).eval().requires_grad_(True)
+            groups, self.left_out = _find_groups(model, example.clone())
         self.layers = tuple(_layers(groups))
         self.layer_of = torch.repeat_interleave(
             torch.arange(len(self.layers)), torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
@@ -132,7 +133,7 @@ def adopt(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
             for key, old in kind.items():
                 if old is not None and prefix + key in tensors:
                     new = tensors[prefix + key]
-                    kind[key] = nn.Parameter(new) if isinstance(old, nn.Parameter) else new
+                    kind[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         _fit(module)
     return network
 

@@ -13,6 +13,7 @@ two episodes differ by their masks and by nothing else.
 import functools
 import math
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from env.channels import ChannelPlan
 from env.data import DataConfig, load_dataset
 from env.errors import NonFiniteError, UserError
-from env.importance import FEATURES
+from env.importance import FEATURES, LIMIT
 from env.networks import NetworkConfig, build_network
 from env.recognizer import Body, Recognizer, Retraining
 from env.seeds import derive_seed
@@ -134,22 +135,32 @@ class TargetReached:
     parameters: int
     macs: int
     metrics: Metrics
-    body: Body
+    body: Body = field(compare=False)
 
 
-@dataclass
-class _Clock:
-    """Seconds by phase of the current step."""
+class _Clock(Mapping[str, float]):
+    """Seconds by phase of one step. Equal where the phases are: no two steps take the same time."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    _since: float = 0.0
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
 
-    def start(self) -> None:
-        self.seconds, self._since = {}, time.perf_counter()
+    def __getitem__(self, phase: str) -> float:
+        return self._seconds[phase]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._seconds)
+
+    def __len__(self) -> int:
+        return len(self._seconds)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Clock) and self.keys() == other.keys()
 
     def phase(self, name: str) -> None:
+        """Count what passed since the last phase as `name`."""
         now = time.perf_counter()
-        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
         self._since = now
 
 
@@ -191,7 +202,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             "keep_mask": spaces.MultiBinary(units),
         }
         if features:
-            parts["features"] = spaces.Box(-np.inf, np.inf, (units, len(FEATURES)), np.float32)
+            parts["features"] = spaces.Box(-LIMIT, LIMIT, (units, len(FEATURES)), np.float32)
         self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.MultiBinary(units)
         problem = unreachable(self.plan, recognizer.given_parameters, self.config)
@@ -229,7 +240,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Zero the filters of `action` (int [F]), retrain, measure."""
-        self._clock.start()
+        self._clock = _Clock()
         keep_mask, refused = self._allowed(torch.as_tensor(action).bool())
         before, accuracy_before = self.recognizer.compression(self._body.keep_mask), self._accuracy
         self._body = self.recognizer.zero(self._body, keep_mask)
@@ -249,7 +260,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         truncated = collapsed or (not terminated and self._step >= self.config.max_steps)
         reward = self._reward(reached, accuracy_before, terminated=terminated, collapsed=collapsed)
         info = {"step": self._step, "refused": refused, "reached": reached, "collapsed": collapsed}
-        return self._observation(), reward, terminated, truncated, {**info, "seconds": self._clock.seconds}
+        return self._observation(), reward, terminated, truncated, {**info, "seconds": self._clock}
 
     def _retrain(self, *, terminated: bool) -> None:
         """Retrain the present network and measure it; the scores only where another decision follows."""

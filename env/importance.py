@@ -12,14 +12,16 @@ from torch import Tensor, nn
 
 from env.channels import ChannelPlan
 
-__all__ = ["FEATURES", "gamma", "l1", "log_scores", "taylor"]
+__all__ = ["FEATURES", "LIMIT", "gamma", "l1", "log_scores", "taylor"]
 
 #: The columns of `log_scores`, in order.
 FEATURES = ("log_taylor", "log_gamma", "log_l1")
 
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: Scores below this are all the same to a logarithm: a filter that does nothing at all.
-_SMALLEST = 1e-10
+_SMALLEST, _LARGEST = 1e-10, 1e10
+#: No log score is further from 0.
+LIMIT = 24.0
 
 
 def taylor(
@@ -87,7 +89,7 @@ def log_scores(
         gamma(network, plan, keep_mask),
         l1(network, plan, keep_mask),
     ]
-    scores = torch.stack(columns, dim=1).clamp(min=_SMALLEST).log()
+    scores = torch.stack(columns, dim=1).clamp(_SMALLEST, _LARGEST).log()
     return torch.where(keep_mask[:, None], scores, torch.zeros(()))
 
 

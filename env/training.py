@@ -4,8 +4,8 @@
 killed at any moment and goes on from its last epoch, bit for bit. `retrain` is the step's few minibatches:
 the inner loop of a campaign, as cheap as it can be. Called by `deploy/campaign.py` and the environment.
 
-Images go in as channels_last and the layers follow; weights stay as they are, so that saving and slicing
-them never meets odd strides.
+Images go in as channels_last and the layers follow (but see `_misread`); weights stay as they are, so that saving
+and slicing them never meets odd strides.
 """
 
 import json
@@ -279,6 +279,8 @@ def _step(
     precision: str,
 ) -> Tensor:
     """One update; returns the loss before it, a scalar that the device need not have finished."""
+    if images.device.type != "cpu" or not any(map(_misread, network.modules())):
+        images = _channels_last(images)
     with _autocast(images.device, precision):
         logits = network(images)
     loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
@@ -289,7 +291,7 @@ def _step(
 
 
 def _augmented(batch: Split, dataset: Dataset, config: DataConfig, generator: torch.Generator) -> Tensor:
-    images = augment(
+    return augment(
         batch.images,
         flip=config.flip,
         shift_pixels=config.shift_pixels,
@@ -297,7 +299,6 @@ def _augmented(batch: Split, dataset: Dataset, config: DataConfig, generator: to
         std=dataset.std,
         generator=generator,
     )
-    return _channels_last(images)
 
 
 def _choices(images: int, batch_size: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -333,6 +334,20 @@ def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _misread(module: nn.Module) -> bool:
+    """Whether the CPU's gradient of this convolution writes past its memory for channels_last images.
+
+    oneDNN issue 6035: strided 1x1 convolutions with fewer input channels than a register holds (8 in AVX2, 16 in
+    AVX-512), as pruning makes them. The process crashes, or hangs, or goes on with a wrong gradient.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    )
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -330,7 +330,7 @@ def test_what_cannot_be_sliced_is_left_out_with_a_reason(name: str, module: str,
 def test_a_concatenation_with_the_input_is_left_out_because_its_places_are_not_known() -> None:
     _, plan = made("dense with input")
     assert [layer.name for layer in plan.layers] == ["third"]
-    assert "joined_norm reads channels that come from outside" in plan.left_out["first"]
+    assert "come from outside any layer" in plan.left_out["first"]
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(3, 6), nn.GroupNorm(3, 6, affine=False), nn.PReLU(6)])
@@ -353,6 +353,17 @@ def test_the_plan_changes_nothing_in_its_network() -> None:
     ChannelPlan(network, torch.zeros(1, 1, 8, 8))
     assert network.training
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_frozen_weights_are_planned_too_and_stay_frozen(context: Any) -> None:
+    network = two_convolutions()
+    network.get_submodule("0").requires_grad_(False)
+    with context():
+        plan = ChannelPlan(network, torch.zeros(1, 2, 6, 6))
+    assert plan.widths.tolist() == [5, 7]
+    compact = plan.compact(network, torch.tensor([1, 0, 1, 1, 1, *[1] * 7]).bool())
+    assert [name for name, p in compact.named_parameters() if not p.requires_grad] == ["0.weight", "0.bias"]
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -11,7 +11,7 @@ from torch import nn
 
 from env.data import DataConfig, Dataset, Split, load_dataset
 from env.errors import NonFiniteError, UserError
-from env.networks import small, vgg16
+from env.networks import resnet18, small, vgg16
 from env.training import EpochReport, TrainConfig, evaluate, retrain, train
 
 DIGITS = load_dataset(DataConfig())
@@ -289,3 +289,18 @@ def test_weights_keep_their_plain_layout() -> None:
     model = vgg16(channels=1, width=0.05)
     short(model, minibatches=1)
     assert all(parameter.is_contiguous() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("width", "last"), [(0.06, False), (0.25, True)])
+def test_narrow_strided_1x1_convolutions_get_no_channels_last_images(width: float, last: bool) -> None:
+    # oneDNN issue 6035: their gradient would write past its memory
+    torch.manual_seed(0)
+    tested = resnet18(channels=1, width=width)
+    seen: list[bool] = []
+    projection = tested.get_submodule("stages.1.0.shortcut.0")
+    projection.register_forward_pre_hook(
+        lambda _module, inputs: seen.append(inputs[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    loss = retrain(tested, FEW, DataConfig(), minibatches=2, batch_size=32, learning_rate=0.05, seed=1)
+    assert seen == [last, last]
+    assert 0 < loss < 10

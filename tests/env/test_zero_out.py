@@ -99,6 +99,8 @@ def test_a_trained_network_masked_equals_it_compact(name: str, seed: int) -> Non
     masked = copy.deepcopy(network)
     attach_zero_out(masked, plan, keep_mask)
     compact = plan.compact(network, keep_mask)
+    assert not keep_mask.all()
+    assert sum(p.numel() for p in compact.parameters()) < sum(p.numel() for p in network.parameters())
     assert (masked(images) - compact(images)).abs().max() <= 1e-5
 
 

@@ -1,0 +1,241 @@
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.controller import Controller, ControllerConfig, Judgement, Observations, RecurrentState, set_value
+from env.channels import ChannelPlan
+from env.errors import UserError
+
+torch.set_num_threads(1)
+PLAN = ChannelPlan(
+    nn.Sequential(
+        nn.Conv2d(2, 5, 3, padding=1),
+        nn.BatchNorm2d(5),
+        nn.Conv2d(5, 7, 3, padding=1),
+        nn.BatchNorm2d(7),
+        nn.Conv2d(7, 3, 3, padding=1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(3, 4),
+    ),
+    torch.zeros(1, 2, 4, 4),
+)
+KINDS = ["features", "mask"]
+
+
+def controller(kind: str, seed: int = 0) -> Controller:
+    torch.manual_seed(seed)
+    return Controller(ControllerConfig(observation=kind, hidden_size=11, filter_size=6), PLAN)
+
+
+def observations(steps: int = 5, batch: int = 3, seed: int = 0, *, dead: float = 0.3) -> Observations:
+    generator = torch.Generator().manual_seed(seed)
+    keep_mask = torch.rand(steps, batch, PLAN.units, generator=generator) >= dead
+    keep_mask[..., [0, 6, 13]] = True
+    return Observations(
+        accuracy=torch.rand(steps, batch, generator=generator),
+        compression=torch.rand(steps, batch, generator=generator),
+        keep_mask=keep_mask,
+        features=torch.randn(steps, batch, PLAN.units, 3, generator=generator) * 4 * keep_mask[..., None],
+    )
+
+
+def trained(kind: str) -> Controller:
+    """After one step of Q towards another value, so that no head is zero any more."""
+    made = controller(kind)
+    step(made)
+    return made
+
+
+def step(made: Controller) -> None:
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.1)
+    q(made, observations()).sub(2.0).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def q(made: Controller, seen: Observations) -> Tensor:
+    judgement, _ = made(seen, made.initial_state(seen.accuracy.shape[1]))
+    generator = torch.Generator().manual_seed(9)
+    action = (torch.rand(seen.keep_mask.shape, generator=generator) < 0.4) & seen.keep_mask
+    return made.q_of(judgement, action, seen.keep_mask)
+
+
+def test_the_value_of_a_set_by_hand() -> None:
+    judgement = Judgement(
+        value=torch.tensor([[1.0, -2.0, 0.5]]),
+        advantage=torch.tensor([[[4.0, 0.0, 2.0, 100.0], [1.0, 3.0, 5.0, 7.0], [1.0, 2.0, 3.0, 4.0]]]),
+    )
+    alive = torch.tensor([[[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 1, 1]]]).bool()
+    action = torch.tensor([[[1, 0, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]]).bool()
+    # (4 + 2) / 2 - (4 + 0 + 2) / 3 = 1;  3 - 16 / 4 = -1;  an empty set is worth V
+    value = set_value(judgement, action, alive, scale=0.5)
+    torch.testing.assert_close(value, torch.tensor([[1.5, -2.5, 0.5]]))
+
+
+def test_the_value_of_all_that_live_is_the_state_s() -> None:
+    judgement, alive = Judgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7)), torch.rand(5, 3, 7) < 0.6
+    torch.testing.assert_close(set_value(judgement, alive, alive, scale=2.0), judgement.value)
+
+
+def test_the_value_of_a_set_ignores_what_all_advantages_share() -> None:
+    judgement = Judgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7))
+    raised = Judgement(value=judgement.value, advantage=judgement.advantage + 3.0)
+    alive = torch.rand(5, 3, 7) < 0.9
+    action = alive & (torch.rand(5, 3, 7) < 0.5)
+    torch.testing.assert_close(
+        set_value(judgement, action, alive, scale=1.0), set_value(raised, action, alive, scale=1.0)
+    )
+
+
+def test_on_its_first_day_the_features_controller_ranks_as_taylor_does() -> None:
+    seen = observations()
+    judgement, _ = controller("features")(seen, (torch.randn(3, 11), torch.randn(3, 11)))
+    assert judgement.advantage.shape == (5, 3, 15)
+    for time in range(5):
+        for row in range(3):
+            alive = seen.keep_mask[time, row]
+            advantage, taylor = judgement.advantage[time, row][alive], seen.features[time, row, :, 0][alive]
+            assert torch.equal(advantage.argsort(descending=True), taylor.argsort())
+
+
+def test_on_its_first_day_the_advantage_is_minus_the_centred_score_softly_limited() -> None:
+    seen = observations(1, 1, dead=0.0)
+    seen.features[..., 0] = torch.tensor([-20.0, 20.0] + [1.0] * 12 + [-12.0])  # mean 0
+    judgement, _ = controller("features")(seen, controller("features").initial_state())
+    expected = torch.tensor([5 + torch.tensor(16.0).log(), -5 - torch.tensor(16.0).log()] + [-1.0] * 12)
+    torch.testing.assert_close(judgement.advantage[0, 0, :14], expected)
+    torch.testing.assert_close(judgement.advantage[0, 0, 14], 5 + torch.tensor(8.0).log())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_value_starts_at_zero_and_so_does_the_features_residual(kind: str) -> None:
+    made, other = controller(kind, seed=1), controller(kind, seed=2)
+    judgement, _ = made(observations(), made.initial_state(3))
+    judgement_other, _ = other(observations(), other.initial_state(3))
+    assert bool((judgement.value == 0).all())
+    assert torch.equal(judgement.advantage, judgement_other.advantage) == (kind == "features")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_reaches_every_parameter_after_one_step(kind: str) -> None:
+    made = trained(kind)
+    q(made, observations(seed=3)).square().mean().backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None, name
+        assert float(parameter.grad.abs().max()) > 1e-9, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_one_by_one_equal_all_at_once(kind: str) -> None:
+    made, seen = trained(kind), observations(7, 3, seed=4)
+    state: RecurrentState = (torch.randn(3, 11), torch.randn(3, 11))
+    together, last = made(seen, state)
+    for time in range(7):
+        one, state = made(seen[time : time + 1], state)
+        torch.testing.assert_close(one.value[0], together.value[time])
+        torch.testing.assert_close(one.advantage[0], together.advantage[time])
+    torch.testing.assert_close(state, last)
+    assert state[0].shape == (3, 11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_past_matters(kind: str) -> None:
+    made, seen = trained(kind), observations(5, 3, seed=4)
+    together, _ = made(seen, made.initial_state(3))
+    forgotten, _ = made(seen[4:5], made.initial_state(3))
+    assert not torch.allclose(together.value[4], forgotten.value[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_batch_do_not_touch_each_other(kind: str) -> None:
+    made, seen = trained(kind), observations(5, 3, seed=4)
+    together, _ = made(seen, made.initial_state(3))
+    parts = Observations(
+        accuracy=seen.accuracy[:, 1:2],
+        compression=seen.compression[:, 1:2],
+        keep_mask=seen.keep_mask[:, 1:2],
+        features=seen.features[:, 1:2],
+    )
+    alone, _ = made(parts, made.initial_state(1))
+    torch.testing.assert_close(alone.value[:, 0], together.value[:, 1])
+    torch.testing.assert_close(alone.advantage[:, 0], together.advantage[:, 1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_said_of_dead_filters_does_not_matter(kind: str) -> None:
+    made, seen = trained(kind), observations(seed=5)
+    other = copy.copy(seen.features)
+    other[~seen.keep_mask] = 77.0
+    changed = Observations(
+        accuracy=seen.accuracy, compression=seen.compression, keep_mask=seen.keep_mask, features=other
+    )
+    judgement, state = made(seen, made.initial_state(3))
+    judgement_changed, state_changed = made(changed, made.initial_state(3))
+    torch.testing.assert_close(judgement_changed.value, judgement.value)
+    torch.testing.assert_close(judgement_changed.advantage[seen.keep_mask], judgement.advantage[seen.keep_mask])
+    torch.testing.assert_close(state_changed, state)
+    torch.testing.assert_close(q(made, changed), q(made, seen))
+
+
+@pytest.mark.parametrize(("kind", "reads"), [("mask", True), ("features", False)])
+def test_the_mask_controller_sees_which_filter_and_the_features_one_how_many(kind: str, reads: bool) -> None:
+    made, seen = trained(kind), observations(1, 1, dead=0.0)
+    seen.features.zero_()
+    masks = seen.keep_mask.clone(), seen.keep_mask.clone()
+    masks[0][..., 1] = False
+    masks[1][..., 2] = False  # the same layer
+    values = [
+        made(
+            Observations(accuracy=seen.accuracy, compression=seen.compression, keep_mask=mask, features=seen.features),
+            made.initial_state(),
+        )[0].value
+        for mask in masks
+    ]
+    assert torch.equal(values[0], values[1]) != reads
+
+
+def test_the_features_controller_ignores_the_order_of_filters_within_a_layer() -> None:
+    made, seen = trained("features"), observations(3, 2, seed=6)
+    order = torch.tensor([4, 2, 0, 1, 3, *range(5, 15)])
+    shuffled = Observations(
+        accuracy=seen.accuracy,
+        compression=seen.compression,
+        keep_mask=seen.keep_mask[..., order],
+        features=seen.features[..., order, :],
+    )
+    judgement, _ = made(seen, made.initial_state(2))
+    judgement_shuffled, _ = made(shuffled, made.initial_state(2))
+    torch.testing.assert_close(judgement_shuffled.advantage, judgement.advantage[..., order])
+    torch.testing.assert_close(judgement_shuffled.value, judgement.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_at_its_narrowest_is_judged_finitely(kind: str) -> None:
+    made = trained(kind)
+    keep_mask = torch.zeros(1, 1, 15, dtype=torch.bool)
+    keep_mask[..., [0, 5, 12]] = True
+    features = torch.full((1, 1, 15, 3), -23.0) * keep_mask[..., None]
+    seen = Observations(
+        accuracy=torch.zeros(1, 1), compression=torch.ones(1, 1), keep_mask=keep_mask, features=features
+    )
+    judgement, state = made(seen, made.initial_state())
+    assert bool(judgement.advantage.isfinite().all())
+    assert bool(torch.cat(state).isfinite().all())
+    assert bool(q(made, seen).isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_weights_alone_are_saved(kind: str) -> None:
+    made, other = trained(kind), controller(kind, seed=8)
+    assert set(made.state_dict()) == {name for name, _ in made.named_parameters()}
+    other.load_state_dict(made.state_dict())
+    torch.testing.assert_close(q(other, observations()), q(made, observations()))
+
+
+@pytest.mark.parametrize(("key", "value"), [("observation", "pixels"), ("hidden_size", 0), ("filter_size", -1)])
+def test_a_bad_value_is_a_user_error_that_names_its_key(key: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^controller\.{key}: expected"):
+        ControllerConfig(**{key: value})  # type: ignore[arg-type]
