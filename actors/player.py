@@ -221,6 +221,7 @@ class Player:
             "sigma": chosen.sigma,
             "seed": chosen.seed,
             "steps": len(played.trace),
+            "collapsed": played.collapsed,
             "seconds": round(seconds, 3),
             "phases": {phase: round(spent, 3) for phase, spent in played.seconds.items()},
             "weights_version": self._version if chosen.policy == "controller" else 0,

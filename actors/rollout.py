@@ -30,6 +30,7 @@ class Rollout:
     curve: list[tuple[float, float]]
     reached: list[TargetReached]
     seconds: dict[str, float]
+    collapsed: bool  # retraining made it infinite or NaN: no target was reached after that
 
     @property
     def total_return(self) -> float:
@@ -91,7 +92,7 @@ def rollout(
     memory = _Memory()
     observation, _ = env.reset(seed=seed)
     memory.observations.append(observation)
-    over = terminated = False
+    over = terminated = collapsed = False
     while not over:
         since = time.perf_counter()
         memory.states.append(_stored(policy.recurrent_state))
@@ -102,14 +103,15 @@ def rollout(
         memory.actions.append(action)
         memory.rewards.append(float(reward))
         memory.reached += info["reached"]
-        memory.spend(info["seconds"])
-        over = terminated or truncated
+        memory.spend(env.phase_seconds)
+        over, collapsed = terminated or truncated, info["collapsed"]
         on_step(len(memory.actions), float(observation["compression"][0]), float(observation["accuracy"][0]))
     return Rollout(
         trace=memory.trace(terminated=terminated),
         curve=memory.curve(),
         reached=memory.reached,
         seconds=memory.seconds,
+        collapsed=collapsed,
     )
 
 

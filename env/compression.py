@@ -13,7 +13,6 @@ two episodes differ by their masks and by nothing else.
 import functools
 import math
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,29 +137,17 @@ class TargetReached:
     body: Body = field(compare=False)
 
 
-class _Clock(Mapping[str, float]):
-    """Seconds by phase of one step. Equal where the phases are: no two steps take the same time."""
+class _Clock:
+    """Seconds by phase, from its making on."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
         self._since = time.perf_counter()
-
-    def __getitem__(self, phase: str) -> float:
-        return self._seconds[phase]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._seconds)
-
-    def __len__(self) -> int:
-        return len(self._seconds)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Clock) and self.keys() == other.keys()
 
     def phase(self, name: str) -> None:
         """Count what passed since the last phase as `name`."""
         now = time.perf_counter()
-        self._seconds[name] = self._seconds.get(name, 0.0) + now - self._since
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now
 
 
@@ -172,7 +159,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
     `env.importance.FEATURES`). Action space: MultiBinary(F), the bits to zero; bits already zero are ignored, and
     where an action would leave a layer under `min_width`, its last filters stay (`info["refused"]`).
 
-    Where retraining makes the network's loss, weights or scores infinite or NaN, the episode is truncated
+    Where retraining makes the network's loss, weights or scores infinite or NaN, the episode terminates
     (`info["collapsed"]`): no accuracy is left, and the reward says so.
 
     Args:
@@ -220,6 +207,11 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._clock = _Clock()
 
     @property
+    def phase_seconds(self) -> dict[str, float]:
+        """Wall time of the last step by phase; not in `info`, which is the same for the same actions."""
+        return self._clock.seconds
+
+    @property
     def baseline(self) -> Metrics:
         """The uncompressed network on the whole validation split."""
         return self._baseline
@@ -255,12 +247,12 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
                     reached.append(self._reach(target))
             self._clock.phase("recover")
         except NonFiniteError:
-            terminated, collapsed, self._accuracy = False, True, 0.0
+            terminated, collapsed, self._accuracy = True, True, 0.0
         self._step += 1
-        truncated = collapsed or (not terminated and self._step >= self.config.max_steps)
+        truncated = not terminated and self._step >= self.config.max_steps
         reward = self._reward(reached, accuracy_before, terminated=terminated, collapsed=collapsed)
         info = {"step": self._step, "refused": refused, "reached": reached, "collapsed": collapsed}
-        return self._observation(), reward, terminated, truncated, {**info, "seconds": self._clock}
+        return self._observation(), reward, terminated, truncated, info
 
     def _retrain(self, *, terminated: bool) -> None:
         """Retrain the present network and measure it; the scores only where another decision follows."""

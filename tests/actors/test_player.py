@@ -33,7 +33,8 @@ torch.set_num_threads(1)
 DATA = DataConfig(train_limit=100, validation_share=0.1)
 SEARCH = 3  # episodes of each group; the first is a teacher's
 RECORD = {
-    "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "seconds", "phases", "weights_version",
+    "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "collapsed", "seconds", "phases",
+    "weights_version",
     "return", "finished", "curve", "targets",
 }  # fmt: skip
 POINT = {"target", "compression", "parameters", "macs", "accuracy", "cross_entropy", "keep_bits"}

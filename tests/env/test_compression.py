@@ -209,7 +209,7 @@ def test_a_collapse_in_a_step_ends_the_episode_with_the_worst_reward(reward: str
     env = made(reward=reward, step_learning_rate=1e30, step_minibatches=3, targets=(0.4,))
     start, _ = env.reset()
     observation, given, terminated, truncated, info = env.step(half_of_each_layer(env))
-    assert (terminated, truncated, info["collapsed"], info["reached"]) == (False, True, True, [])
+    assert (terminated, truncated, info["collapsed"], info["reached"]) == (True, False, True, [])
     assert given == pytest.approx(-start["accuracy"][0] if expected is None else expected)
     assert observation["accuracy"].tolist() == [0.0]
     assert finite(observation)
@@ -221,7 +221,7 @@ def test_a_collapse_in_the_short_recovery_reaches_no_target() -> None:
     env = made(recovery_learning_rate=1e30, recovery_minibatches=3, targets=(0.4, 0.8))
     env.reset()
     observation, reward, terminated, truncated, info = env.step(half_of_each_layer(env))
-    assert (terminated, truncated, info["collapsed"], info["reached"]) == (False, True, True, [])
+    assert (terminated, truncated, info["collapsed"], info["reached"]) == (True, False, True, [])
     assert reward == pytest.approx(-2 * math.log(10))
     assert finite(observation)
 
