@@ -88,7 +88,7 @@ def run(
 
 @app.command()
 def resume(folder: FolderArgument, redis: RedisOption = "") -> None:
-    """Go on with a campaign after anything at all has died; a finished one only prints its table."""
+    """Go on with a campaign after anything at all has died; of a finished one only exports and report are made anew."""
     from deploy.config import load
 
     campaign = CampaignFolder.open(folder)
@@ -162,10 +162,17 @@ def _campaign(out: Path, config: Any, redis_url: str) -> None:
             result = run_campaign(out, config, redis_url=redis_url, progress=progress)
     except KeyboardInterrupt:
         progress.close()
-        _leave(_INTERRUPTED, f"interrupted; everything is saved. To go on: zeroout resume {out}")
+        _leave(_INTERRUPTED, _how_to_go_on(out, redis_url))
     finally:
         progress.close()
     _print_result(console, CampaignFolder.open(out), result)
+
+
+def _how_to_go_on(out: Path, redis_url: str) -> str:
+    if not CampaignFolder(out).campaign_toml.is_file():
+        return "interrupted before anything was begun"
+    same = " with the same --redis" if redis_url else ""
+    return f"interrupted; everything is saved. To go on: zeroout resume {out}{same}"
 
 
 @contextlib.contextmanager

@@ -72,11 +72,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
 
     """
     try:
-        text = path.read_text()
-    except OSError as error:
-        raise UserError(
-            f"config {path}", expected="a TOML file", got=error.strerror or str(error), remedy="check the path"
-        ) from error
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        got = error.strerror if isinstance(error, OSError) else "bytes that are not UTF-8"
+        raise UserError(f"config {path}", expected="a TOML file", got=str(got), remedy="check the path") from error
     return parse(text, overrides, name=str(path))
 
 

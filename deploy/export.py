@@ -37,9 +37,9 @@ def export(folder: CampaignFolder, *, compression: float | None = None, formats:
     for name in formats:
         if name not in FORMATS:
             raise UserError("--format", expected=" | ".join(FORMATS), got=repr(name), remedy="choose one of them")
+    points, written = _points(folder, compression), []
     folder.export.mkdir(exist_ok=True)
-    written = []
-    for point in _points(folder, compression):
+    for point in points:
         model = folder.path / point["model"]
         for name in formats:
             path = folder.export / f"{point['target']}.{name}"
@@ -65,7 +65,7 @@ def _points(folder: CampaignFolder, compression: float | None) -> list[dict[str,
     if compression is None:
         return points
     nearest = min(points, key=lambda point: abs(point["target"] - compression))
-    if abs(nearest["target"] - compression) > 0.01:
+    if not abs(nearest["target"] - compression) <= 0.01:  # also where it is NaN
         raise UserError(
             "--compression",
             expected=f"one of {', '.join(str(point['target']) for point in points)}",

@@ -108,8 +108,9 @@ class CampaignFolder:
     def check(cls, path: Path | str, campaign_toml: str) -> Self:
         """Return the folder if `create` would take it; UserError when it holds another campaign or foreign files."""
         folder = cls(Path(path))
-        if folder.path.exists() and not folder.path.is_dir():
-            raise UserError(str(path), expected="a folder", got="a file", remedy="give another --out")
+        nearest = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
+        if not nearest.is_dir():
+            raise UserError(str(nearest), expected="a folder", got="a file", remedy="give another --out")
         if folder.campaign_toml.is_file():
             folder._check_same_campaign(campaign_toml)
         else:
@@ -247,7 +248,7 @@ class CampaignFolder:
 
     def _check_same_campaign(self, campaign_toml: str) -> None:
         try:
-            there = tomllib.loads(self.campaign_toml.read_text())
+            there = tomllib.loads(self.campaign_toml.read_text(encoding="utf-8"))
         except ValueError as error:
             raise UserError(
                 str(self.campaign_toml), expected="valid TOML", got=str(error), remedy="give another --out"

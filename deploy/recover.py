@@ -3,7 +3,7 @@
 Its products are `recovered/GROUP-TARGET.safetensors` with a `.json` beside each, and result.json.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,6 @@ from env.seeds import derive_seed
 from env.training import Metrics, evaluate, train
 
 __all__ = ["recover", "write_result"]
-
-
-@dataclass(frozen=True)
-class _Recovered:
-    """One network after recovery: its file and what is known of it."""
-
-    model: Path
-    facts: dict[str, Any]
 
 
 def recover(

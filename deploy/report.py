@@ -170,7 +170,10 @@ def _recovered_alike(result: Record) -> str:
         return ""
     baseline = result.get("baseline") or {}
     order = sorted(
-        [*(("result", p) for p in result.get("points") or []), *(("control", p) for p in controls)],
+        [
+            *(("result", p) for p in result.get("points") or []),
+            *(("beside it", p) for p in controls if p not in result["points"]),
+        ],
         key=lambda pair: (float(pair[1].get("target", pair[1]["compression"])), pair[0] != "result"),
     )
     header = ("", "target", "chosen by", "validation", "change", "test", "change")
@@ -179,7 +182,7 @@ def _recovered_alike(result: Record) -> str:
         cells = _point_row(point, baseline)
         rows.append([role, cells[0], cells[8], *cells[4:8]])
     note = (
-        "The result beside the best of each control group, recovered alike. One recovery each: another seed "
+        "The result beside the best of every other group, recovered alike. One recovery each: another seed "
         "moves such a number by about a point."
     )
     return f"<h3>After recovery</h3>{_table(header, rows)}<p class=dim>{note}</p>"

@@ -5,8 +5,10 @@ The driver holds nothing that Redis or the folder does not: kill it, and `zeroou
 """
 
 import contextlib
+import dataclasses
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -29,14 +31,16 @@ from deploy.redis_server import EmbeddedServer
 from env.compact_file import network_to_bytes
 from env.data import Dataset
 from env.errors import UserError, ZerooutError
-from learner.replay.connection import check_server, connect, retrying
+from learner.replay.connection import check_server, connect, redact, retrying
 from learner.replay.ledger import Ledger
+from learner.replay.replay import ReplayConfig
 
 __all__ = ["candidate_path", "search"]
 
 _POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
-_MAX_FAILURES = 5  # of one worker without an episode or an update in between
+# A worker that lives this long is well. One that fails sooner, so often in a row, is given up after about 3 minutes.
+_HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
 _STOP_S = 60.0
 
 
@@ -58,6 +62,7 @@ def search(
     if _finished(folder, config):
         return
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
+    _check_same_server(folder, redis_url)
     with contextlib.ExitStack() as stack:
         if not redis_url:
             redis_url = stack.enter_context(EmbeddedServer(folder.redis)).url
@@ -71,15 +76,21 @@ def search(
         stack.enter_context(_ray(config, progress))
         _Watch(folder, config, brief, dataset, ledger, progress).run()
         _keep_candidates(ledger, folder, config)
+    _require_candidates(folder, config)
     _write_frontier(folder, config)
 
 
 def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
-    """Whether every episode is recorded and every group's networks are kept."""
-    if len(folder.read_episodes()) < config.search.total or not folder.frontier_json.is_file():
-        return False
-    kept = read_json(folder.frontier_json).get("candidates", [])
-    return bool(kept) and all((folder.path / name).is_file() for name in kept)
+    """Whether every episode is recorded and the networks of every group and target are kept."""
+    return len(folder.read_episodes()) == config.search.total and not list(_missing(folder, config))
+
+
+def _missing(folder: CampaignFolder, config: CampaignConfig) -> Iterator[tuple[str, float]]:
+    """The groups and targets without a network in the folder."""
+    for group in config.search.groups:
+        for target in config.episode.targets:
+            if not candidate_path(folder, group, target).is_file():
+                yield group, target
 
 
 def _identity(folder: CampaignFolder) -> str:
@@ -101,13 +112,19 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         controller=config.controller,
         sequences=config.sequence,
         learner=config.learner,
-        replay=config.replay,
+        replay=_replay_of(config),
         schedule=config.search,
         seed=config.seed,
         redis_url=redis_url,
         prefix=prefix,
         lease_s=config.cluster.lease_s,
     )
+
+
+def _replay_of(config: CampaignConfig) -> ReplayConfig:
+    """The replay's configuration; where nothing else is said, learning starts when the teachers have played."""
+    first = config.replay.min_sequences or max(1, config.search.teachers)
+    return dataclasses.replace(config.replay, min_sequences=min(first, config.search.per_group))
 
 
 def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
@@ -140,12 +157,16 @@ def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
 
 @dataclass
 class _Worker:
-    """A Ray actor, the call that is running on it, and how often that failed without progress in between."""
+    """A Ray actor, the call that is running on it, and how often it failed soon after it was called.
+
+    `call` is None while the worker rests until `call_at_s`: a process that Ray is restarting refuses calls at once.
+    """
 
     handle: Any
     call: Any
-    failures: int
-    records_at_call: int
+    called_s: float
+    failures: int = 0
+    call_at_s: float = 0.0
 
 
 @dataclass
@@ -169,14 +190,16 @@ class _Watch:
         self.before = len(self.records)
         self._start_workers()
         try:
-            while self._remaining() > 0:
+            while len(self.records) < self.config.search.total:
                 time.sleep(_POLL_S)
+                none_left = self._remaining() == 0
                 self._mirror()
+                if none_left and len(self.records) < self.config.search.total:
+                    raise _lost_state(self.brief.redis_url, len(self.records), self.config.search.total)
                 self._revive()
                 self.progress.search(self._snapshot())
         finally:
             self._stop()
-        self._mirror()
 
     def _start_workers(self) -> None:
         cluster, namespace = self.config.cluster, self.brief.prefix
@@ -198,7 +221,7 @@ class _Watch:
         """Set a worker to work, for the first time or again after its process was restarted."""
         failures = self.workers[name].failures if name in self.workers else 0
         arguments = (self.brief_ref,) if name == "learner" else (self.brief_ref, self.images_ref)
-        self.workers[name] = _Worker(handle, handle.run.remote(*arguments), failures, len(self.records))
+        self.workers[name] = _Worker(handle, handle.run.remote(*arguments), time.monotonic(), failures)
 
     def _remaining(self) -> int:
         return retrying(self.ledger.remaining, _OUTAGE_S, url=self.brief.redis_url)
@@ -211,13 +234,19 @@ class _Watch:
         known = {record["id"] for record in self.records}
         fresh = [record for record in new if record["id"] not in known]
         if fresh:
+            # networks first: a record says that its network is safe
+            _keep_candidates(self.ledger, self.folder, self.config)
             self.folder.append_episode(fresh)
             self.records += fresh
             _write_frontier(self.folder, self.config)
 
     def _revive(self) -> None:
-        """Call a worker that died back to work; Ray has restarted its process."""
+        """Call a worker that died back to work, once Ray has restarted its process."""
         for name, worker in list(self.workers.items()):
+            if worker.call is None:
+                if time.monotonic() >= worker.call_at_s:
+                    self._call(name, worker.handle)
+                continue
             finished, _ = ray.wait([worker.call], timeout=0)
             if not finished:
                 continue
@@ -226,23 +255,26 @@ class _Watch:
             except ray.exceptions.RayTaskError as error:
                 if isinstance(error.cause, ZerooutError):
                     raise error.cause from None
-                self._again(name, worker, f"failed ({type(error.cause).__name__}: {error.cause})")
+                self._rest(name, worker, f"failed ({type(error.cause).__name__}: {error.cause})")
             except ray.exceptions.RayActorError:
-                self._again(name, worker, "died")
+                self._rest(name, worker, "died")
 
-    def _again(self, name: str, worker: _Worker, what: str) -> None:
-        failures = worker.failures + 1 if worker.records_at_call == len(self.records) else 1
-        if failures > _MAX_FAILURES:
-            raise ZerooutError(f"{name} {what}, {failures} times without an episode in between")
-        self.progress.note(f"{name} {what}; it is started again")
-        worker.failures = failures
-        self._call(name, worker.handle)
+    def _rest(self, name: str, worker: _Worker, what: str) -> None:
+        """Let a worker be for a while, longer each time that it fails soon after it was called."""
+        soon = time.monotonic() - worker.called_s < _HEALTHY_S
+        worker.failures = worker.failures + 1 if soon else 1
+        if worker.failures > _MAX_FAILURES:
+            raise ZerooutError(f"{name} {what}, {worker.failures} times in a row soon after it was started")
+        if worker.failures == 1:
+            self.progress.note(f"{name} {what}; it is started again")
+        worker.call, worker.call_at_s = None, time.monotonic() + min(2.0**worker.failures, _LONGEST_REST_S)
 
     def _stop(self) -> None:
         """Ask everyone to stop and give the learner time for its last checkpoint."""
         with contextlib.suppress(Exception):  # the reason for stopping may be that Redis is gone
             self.ledger.request_stop()
-            ray.wait([self.workers["learner"].call], timeout=_STOP_S)
+            if self.workers["learner"].call is not None:
+                ray.wait([self.workers["learner"].call], timeout=_STOP_S)
 
     def _snapshot(self) -> SearchSnapshot:
         elapsed = time.monotonic() - self.started
@@ -280,23 +312,53 @@ def _best(records: list[dict[str, Any]], targets: tuple[float, ...]) -> list[tup
 
 def _write_frontier(folder: CampaignFolder, config: CampaignConfig) -> None:
     rows = frontier(folder.read_episodes(), config.episode.targets)
-    kept = sorted(str(path.relative_to(folder.path)) for path in (folder.path / "candidates").glob("*.safetensors"))
-    write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows, "candidates": kept})
+    write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows})
 
 
 def _keep_candidates(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
-    """Write the best network of each group and target from Redis into the folder."""
+    """Write the best network of each group and target from Redis into the folder, if the one there is not better."""
     (folder.path / "candidates").mkdir(exist_ok=True)
     for group in config.search.groups:
         for target in config.episode.targets:
-            best = ledger.best(f"{group}/{target}")
-            if best is None:
-                raise UserError(
-                    f"target {target} of group {group}",
-                    expected="at least one episode that reached it",
-                    got="none",
-                    remedy="raise episode.max_steps, or lower episode.step_learning_rate if networks collapsed",
-                )
             path = candidate_path(folder, group, target)
-            write_json(path.with_suffix(".json"), json.loads(best.meta))
-            write_atomic(path, best.payload)
+            facts = path.with_suffix(".json")
+            kept = read_json(facts).get("score", -math.inf) if facts.is_file() and path.is_file() else -math.inf
+            best = ledger.best(f"{group}/{target}")
+            if best is not None and best.score > kept:
+                write_atomic(path, best.payload)
+                write_json(facts, {**json.loads(best.meta), "score": best.score})
+
+
+def _require_candidates(folder: CampaignFolder, config: CampaignConfig) -> None:
+    """UserError where no episode of a group reached a target: there is nothing to recover."""
+    for group, target in _missing(folder, config):
+        raise UserError(
+            f"target {target} of group {group}",
+            expected="at least one episode that reached it",
+            got="none",
+            remedy="raise episode.max_steps, or lower episode.step_learning_rate if networks collapsed",
+        )
+
+
+def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:
+    """A campaign's episodes in flight, networks and replay are in the Redis it began with; UserError for another."""
+    path, server = folder.path / "server", redact(redis_url) if redis_url else "a server of the campaign's own"
+    if not path.is_file():
+        write_atomic(path, server)
+    began = path.read_text()
+    if began != server:
+        raise UserError(
+            f"campaign {folder.path}",
+            expected=f"the Redis it began with ({began})",
+            got=server,
+            remedy="give the same --redis (or none)",
+        )
+
+
+def _lost_state(redis_url: str, recorded: int, total: int) -> UserError:
+    return UserError(
+        f"Redis at {redact(redis_url)}",
+        expected=f"this campaign's {total} episodes",
+        got=f"an empty campaign, after {recorded} episodes were recorded",
+        remedy="its data were deleted there; zeroout resume goes on from the campaign's folder",
+    )

@@ -279,7 +279,15 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
             got=f"{factory} ({error})",
             remedy="start where the package can be imported, or correct the name",
         ) from error
-    network = function(channels=channels, classes=classes)
+    try:
+        network = function(channels=channels, classes=classes)
+    except TypeError as error:  # not a function of these, or one that cannot take such sizes
+        raise UserError(
+            "network.factory",
+            expected="a function that takes channels= and classes=",
+            got=f"{factory} ({error})",
+            remedy="give it these two arguments",
+        ) from error
     if not isinstance(network, nn.Module):
         raise UserError(
             "network.factory",

@@ -60,8 +60,8 @@ class ReplayConfig:
     """Sequences sampled per sequence inserted. The paper has 0.8; a step here is dear, it retrains a network."""
     replay_ratio_tolerance: float = 256.0
     """How many sampled sequences the ratio may be off to either side before one side has to wait."""
-    min_sequences: int = 8
-    """Sequences inserted before the first one is sampled; a campaign has tens of them where Atari has millions."""
+    min_sequences: int = 0
+    """Sequences inserted before the first one is sampled; 0, in a campaign, as many as the teachers play."""
 
     def __post_init__(self) -> None:
         """Check all ranges; ValueError with the value."""
@@ -70,7 +70,7 @@ class ReplayConfig:
         _at_least("priority_exponent", self.priority_exponent, 0)
         _at_least("importance_sampling_exponent", self.importance_sampling_exponent, 0)
         _at_least("replay_ratio_tolerance", self.replay_ratio_tolerance, 0)
-        _at_least("min_sequences", self.min_sequences, 1)
+        _at_least("min_sequences", self.min_sequences, 0)
         if not (math.isfinite(self.replay_ratio) and self.replay_ratio > 0):
             raise ValueError(f"replay_ratio must be finite and > 0, got {self.replay_ratio}")
         if self.min_sequences > self.capacity_sequences:
