@@ -20,7 +20,7 @@ __all__ = ["start_learner", "start_player"]
 _WAIT_S = 0.2
 
 
-class _EpisodeActor:
+class EpisodeActor:
     """Plays episodes until the campaign is over."""
 
     def __init__(self, name: str, device: str, threads: int) -> None:
@@ -44,7 +44,7 @@ class _EpisodeActor:
         return played
 
 
-class _LearnerActor:
+class LearnerActor:
     """Trains the Controller until its episodes are played."""
 
     def __init__(self, checkpoints: str, threads: int) -> None:
@@ -61,7 +61,7 @@ class _LearnerActor:
 
 def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:
     """Start a player's process; it waits for `run`."""
-    shell = ray.remote(_EpisodeActor).options(
+    shell = ray.remote(EpisodeActor).options(
         name=name, namespace=namespace, num_gpus=gpus, num_cpus=cpus, max_restarts=-1, max_task_retries=0
     )
     return shell.remote(name, "cuda" if gpus else "cpu", threads)
@@ -69,7 +69,7 @@ def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace
 
 def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
     """Start the learner's process; it asks for no core of its own, so that a laptop has room for the players."""
-    shell = ray.remote(_LearnerActor).options(
+    shell = ray.remote(LearnerActor).options(
         name="learner", namespace=namespace, num_cpus=0, max_restarts=-1, max_task_retries=0
     )
     return shell.remote(str(checkpoints), threads)

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import signal
 import time
 import uuid
 from collections.abc import Iterator
@@ -146,7 +147,10 @@ def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
         if local
         else {"address": config.cluster.ray_address}
     )
+    # Ray lays handlers of its own over SIGTERM, which end the process at once; the one before is set again.
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    signal.signal(signal.SIGTERM, on_sigterm)
     if context.dashboard_url:
         progress.note(f"Ray dashboard: http://{context.dashboard_url}")
     try:

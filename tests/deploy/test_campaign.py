@@ -96,24 +96,40 @@ def started(environment: dict[str, str], log: Path, *arguments: object) -> Itera
     try:
         yield driver
     finally:
-        driver.kill()
-        driver.wait()
-        wait_until(lambda: not session(driver.pid), "everything that the driver started is gone")
+        kill_with_descendants(driver)
 
 
-def session(leader: int) -> dict[int, str]:
-    """The processes of a session, and of the sessions that its processes began, with their command lines."""
-    found: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        with contextlib.suppress(OSError, ValueError):
-            if (
-                int(folder.name) != leader
-                and b"ZEROOUT_TEST_SESSION=%d" % os.getpid() in (folder / "environ").read_bytes()
-            ):
-                line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-                if line:
-                    found[int(folder.name)] = line
-    return found
+def kill_with_descendants(driver: subprocess.Popen[bytes]) -> None:
+    """kill -9 the driver alone, and see that everything that it started goes by itself."""
+    started_by_it = descendants(driver.pid)
+    driver.kill()
+    driver.wait()
+    wait_until(
+        lambda: not [pid for pid, line in started_by_it.items() if command_line(pid) == line],
+        f"everything that the driver started is gone: {started_by_it}",
+    )
+
+
+def command_line(pid: int) -> str:
+    """Of a process that runs; empty for one that is gone or a zombie."""
+    with contextlib.suppress(OSError):
+        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+    return ""
+
+
+def descendants(ancestor: int) -> dict[int, str]:
+    """The processes below one, with their command lines."""
+    children: dict[int, list[int]] = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(folder.name))
+    found, waiting = {}, [ancestor]
+    while waiting:
+        for pid in children.get(waiting.pop(), []):
+            found[pid] = command_line(pid)
+            waiting.append(pid)
+    return {pid: line for pid, line in found.items() if line}
 
 
 def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
@@ -205,11 +221,9 @@ def test_a_driver_killed_in_the_middle_is_resumed_with_every_episode_exactly_onc
 ) -> None:
     out, total = tmp_path / "out", 14
     config = tiny(tmp_path / "tiny.toml", episodes=total, step_minibatches=12)
-    environment["ZEROOUT_TEST_SESSION"] = str(os.getpid())
     with started(environment, tmp_path / "log", "run", config, "--out", out) as driver:
         wait_until(lambda: len(episodes(out)) >= 4 or driver.poll() is not None, "four episodes are recorded")
-        driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        kill_with_descendants(driver)
     kept = (out / "episodes.jsonl").read_text()
     assert 4 <= len(episodes(out)) < total, (tmp_path / "log").read_text()
     zeroout(environment, "resume", out)
@@ -222,10 +236,9 @@ def test_actors_learner_and_server_killed_in_the_middle_lose_no_episode(
 ) -> None:
     out, total, log = tmp_path / "out", 20, tmp_path / "log"
     config = tiny(tmp_path / "tiny.toml", episodes=total, step_minibatches=12)
-    environment["ZEROOUT_TEST_SESSION"] = str(os.getpid())
     mask_only = "controller.observation=mask"  # the source's Controller, whose campaign must run as well
     with started(environment, log, "run", config, "--out", out, "--set", mask_only) as driver:
-        victims = ("ray::EpisodeActor", "ray::Learner", "--unixsocket", "ray::EpisodeActor")
+        victims = ("ray::EpisodeActor", "ray::Learner", "valkey-server unixsocket", "ray::EpisodeActor")
         for count, victim in enumerate(victims):
             wait_until(lambda: len(episodes(out)) >= 2 + 3 * count or driver.poll() is not None, "episodes go on")  # noqa: B023
             assert driver.poll() is None, log.read_text()
@@ -237,15 +250,14 @@ def test_actors_learner_and_server_killed_in_the_middle_lose_no_episode(
 
 def kill_one(leader: int, victim: str) -> None:
     """kill -9 the first process whose command line holds `victim`."""
-    found = {pid: line for pid, line in session(leader).items() if victim in line}
-    assert found, session(leader)
+    found = {pid: line for pid, line in descendants(leader).items() if victim in line}
+    assert found, descendants(leader)
     os.kill(min(found), signal.SIGKILL)
 
 
 def test_an_interrupted_campaign_says_how_to_go_on(tmp_path: Path, environment: dict[str, str]) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
     config = tiny(tmp_path / "tiny.toml", episodes=40, step_minibatches=12)
-    environment["ZEROOUT_TEST_SESSION"] = str(os.getpid())
     with started(environment, log, "run", config, "--out", out) as driver:
         wait_until(lambda: len(episodes(out)) >= 1 or driver.poll() is not None, "an episode is recorded")
         driver.send_signal(signal.SIGTERM)

@@ -122,7 +122,7 @@ def test_the_controls_recovered_alike_stand_beside_the_result(finished: Campaign
     rows = next(table for table in page.tables if table[1][0] == "result")[1:]
     assert [(row[0], row[1]) for row in rows] == [
         ("result", "90.0 %"),
-        ("control", "90.0 %"),
+        ("beside it", "90.0 %"),
         ("result", "95.0 %"),
     ]
     assert rows[1][2:] == ["taylor", "77.44 %", "-4.40", "76.33 %", "-4.98"]
