@@ -1,6 +1,6 @@
 """The newest Controller weights, from the learner to the actors.
 
-Two slots: the newest version, and version 0 for ever, which the comparison at the end plays as "untrained".
+Two slots: the newest version, and version 0 for ever: the Controller before any learning.
 The payload (from `safetensors.torch.save`) is opaque here; it lies in the frame of `codec.py`, whose tag is the
 version, so that a damaged or foreign value is refused before anything tries to load it.
 """
