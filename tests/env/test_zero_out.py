@@ -84,8 +84,10 @@ def trained(name: str) -> tuple[nn.Module, ChannelPlan, Tensor]:
 
 
 def random_mask(plan: ChannelPlan, seed: int) -> Tensor:
+    """A random share of each layer: its first unit always stays, its last always goes."""
     generator = torch.Generator().manual_seed(seed)
     keep_mask = torch.rand(plan.units, generator=generator) < 0.3 + 0.6 * torch.rand((), generator=generator)
+    keep_mask[[layer.first + layer.units - 1 for layer in plan.layers]] = False
     keep_mask[[layer.first for layer in plan.layers]] = True
     return keep_mask
 
