@@ -119,7 +119,7 @@ def _who(config: ScheduleConfig, group: str, place: int) -> tuple[str, float, fl
     """(policy, epsilon, sigma) of the place-th episode of a group."""
     if group in ("search", "untrained"):
         return _learner_or_teacher(config, group, place)
-    policy = {"random": "random-allocation", "cem": "cem"}.get(group, group)
+    policy = "random-allocation" if group == "random" else group
     return policy, 0.0, 0.0
 
 

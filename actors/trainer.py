@@ -4,7 +4,6 @@ Ray stands in actors/ray_actors.py.
 """
 
 import json
-import logging
 import time
 from pathlib import Path
 
@@ -18,7 +17,6 @@ from learner.learner import Learner, UpdateReport
 
 __all__ = ["Trainer"]
 
-_log = logging.getLogger(__name__)
 _IDLE_S = 0.1
 _BEAT_PERIOD_S = 1.0
 

@@ -19,12 +19,12 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-__all__ = ["ChannelPlan", "Layer", "adopt"]
+__all__ = ["NORMS", "PRODUCERS", "TRANSPOSED", "ChannelPlan", "Layer", "adopt"]
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_PRODUCERS = (*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+PRODUCERS = (*_CONVOLUTIONS, *TRANSPOSED, nn.Linear)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def adopt(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 def _fit(module: nn.Module) -> None:
     """Set a module's sizes from its own tensors."""
-    if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)):
+    if isinstance(module, (*_CONVOLUTIONS, *TRANSPOSED)):
         first, second = module.weight.shape[:2]
         if _depthwise(module):
             module.groups = module.in_channels = module.out_channels = first
@@ -150,7 +150,7 @@ def _fit(module: nn.Module) -> None:
             module.in_channels, module.out_channels = first, second * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, _NORMS):
+    elif isinstance(module, NORMS):
         module.num_features = next((len(t) for t in _tensors(module).values() if t.dim() == 1), module.num_features)
 
 
@@ -208,7 +208,7 @@ def _find_groups(model: nn.Module, example: Tensor) -> tuple[list[list[_Member]]
         graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
     order = {name: place for place, name in enumerate(names.values())}
     traced = []
-    for group in graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, *_TRANSPOSED, nn.Linear]):
+    for group in graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, *TRANSPOSED, nn.Linear]):
         members = sorted(_members(group, names), key=lambda member: order[member.module])
         traced.append((members, _bare_parameter(group) or _why_not(members, model)))
     doubtful = _doubtful([members for members, reason in traced if not reason], [m for m, _ in traced], model)
@@ -244,9 +244,9 @@ def _why_not(members: list[_Member], model: nn.Module) -> str | None:
     """Why this group must stay whole, or None."""
     for member in members:
         module = model.get_submodule(member.module)
-        if not isinstance(module, (*_PRODUCERS, *_NORMS)):
+        if not isinstance(module, (*PRODUCERS, *NORMS)):
             return f"{member.module} is a {type(module).__name__}, which is not known to be safe to slice"
-        if isinstance(module, (*_CONVOLUTIONS, *_TRANSPOSED)) and module.groups > 1 and not _depthwise(module):
+        if isinstance(module, (*_CONVOLUTIONS, *TRANSPOSED)) and module.groups > 1 and not _depthwise(module):
             return f"{member.module} is a grouped convolution ({module.groups} groups)"
     if all(member.output for member in members):
         return "nothing in the network reads it: it is an output"
@@ -301,14 +301,14 @@ def _touched(module: nn.Module, member: _Member) -> Iterator[tuple[str, int, int
     for key, tensor in _tensors(module).items():
         if tensor.dim() == 0:
             continue
-        if isinstance(module, _NORMS) or _depthwise(module):
+        if isinstance(module, NORMS) or _depthwise(module):
             axis = 0
         elif key == "bias":
             if not member.output:
                 continue
             axis = 0
         else:
-            axis = int(member.output == isinstance(module, _TRANSPOSED))
+            axis = int(member.output == isinstance(module, TRANSPOSED))
         yield f"{member.module}.{key}", axis, tensor.shape[axis]
 
 
@@ -323,11 +323,11 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
     positions: dict[str, int] = defaultdict(int)
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, _PRODUCERS):
+        if isinstance(module, PRODUCERS):
 
             def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor, name: str = name) -> None:
                 # a transposed convolution uses each weight once per *input* position
-                seen = inputs[0] if isinstance(module, _TRANSPOSED) else output
+                seen = inputs[0] if isinstance(module, TRANSPOSED) else output
                 channels = seen.shape[-1] if isinstance(module, nn.Linear) else seen.shape[1]
                 positions[f"{name}.weight"] += seen.numel() // (seen.shape[0] * channels)
 

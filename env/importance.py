@@ -10,14 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from env.channels import ChannelPlan
+from env.channels import NORMS, PRODUCERS, TRANSPOSED, ChannelPlan
 
 __all__ = ["FEATURES", "LIMIT", "gamma", "l1", "log_scores", "taylor"]
 
 #: The columns of `log_scores`, in order.
 FEATURES = ("log_taylor", "log_gamma", "log_l1")
 
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 #: Scores below this are all the same to a logarithm: a filter that does nothing at all.
 _SMALLEST, _LARGEST = 1e-10, 1e10
 #: No log score is further from 0.
@@ -64,7 +63,7 @@ def gamma(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
     Units without a batch-norm get their `l1` score instead.
     """
     scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
-    for name, axis, owner in _outputs(network, plan, keep_mask, _NORMS, ("weight",)):
+    for name, axis, owner in _outputs(network, plan, keep_mask, NORMS, ("weight",)):
         _add_per_unit(scores, network.get_parameter(name).detach().abs().float().cpu(), axis, owner)
         _add_per_unit(seen, torch.ones(len(owner)), 0, owner)
     return torch.where(seen > 0, scores / seen.clamp(min=1), l1(network, plan, keep_mask))
@@ -73,7 +72,7 @@ def gamma(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
 def l1(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
     """Mean absolute weight of each unit's kernels (Li et al., ICLR 2017, per weight): float32 [F]."""
     scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
-    for name, axis, owner in _outputs(network, plan, keep_mask, _PRODUCERS, ("weight",)):
+    for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight",)):
         weight = network.get_parameter(name).detach().abs().float().cpu()
         _add_per_unit(scores, weight, axis, owner)
         _add_per_unit(seen, torch.full((len(owner),), weight.numel() / len(owner)), 0, owner)
@@ -93,9 +92,6 @@ def log_scores(
     return torch.where(keep_mask[:, None], scores, torch.zeros(()))
 
 
-_PRODUCERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-
-
 def _outputs(
     network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, kinds: tuple[type, ...], keys: tuple[str, ...]
 ) -> Iterator[tuple[str, int, Tensor]]:
@@ -106,7 +102,7 @@ def _outputs(
             continue
         for key in keys:
             name = f"{path}.{key}"
-            output_axis = int(isinstance(module, _PRODUCERS[3:6]) and key == "weight")
+            output_axis = int(isinstance(module, TRANSPOSED) and key == "weight")
             for axis, owner in plan.axes(name, keep_mask):
                 if axis == output_axis and getattr(module, key) is not None:
                     yield name, axis, owner
@@ -115,10 +111,10 @@ def _outputs(
 def _gates(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Iterator[tuple[str, int, Tensor]]:
     """The tensors whose gradient tells what silencing a unit would do: norms where there are any."""
     gated = torch.zeros(plan.units, dtype=torch.bool)
-    for entry in _outputs(network, plan, keep_mask, _NORMS, ("weight", "bias")):
+    for entry in _outputs(network, plan, keep_mask, NORMS, ("weight", "bias")):
         gated[entry[2][entry[2] >= 0]] = True
         yield entry
-    for name, axis, owner in _outputs(network, plan, keep_mask, _PRODUCERS, ("weight", "bias")):
+    for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight", "bias")):
         bare = torch.where((owner >= 0) & ~gated[owner.clamp(min=0)], owner, -1)
         if (bare >= 0).any():
             yield name, axis, bare

@@ -8,11 +8,9 @@ only the batch-norm would miss whoever reads the convolution past it.
 import torch
 from torch import Tensor, nn
 
-from env.channels import ChannelPlan
+from env.channels import TRANSPOSED, ChannelPlan
 
 __all__ = ["ZeroOut", "attach_zero_out"]
-
-_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ZeroOut(nn.Module):
@@ -55,4 +53,4 @@ def _output(name: str, module: nn.Module) -> tuple[str, int]:
     """A tensor of the module that has its output channels, and the axis they are on."""
     own = {**module._parameters, **module._buffers}
     first = next(key for key, tensor in own.items() if tensor is not None)
-    return f"{name}.{first}", int(isinstance(module, _TRANSPOSED))
+    return f"{name}.{first}", int(isinstance(module, TRANSPOSED))
