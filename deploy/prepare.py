@@ -14,9 +14,10 @@ from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.compression import unreachable
 from env.data import Dataset, load_dataset, require_batch
 from env.networks import build_network
+from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
-from env.training import EpochReport, Metrics, TrainConfig, evaluate, train
+from env.training import EpochReport, TrainConfig, train
 
 __all__ = ["Baseline", "default_device", "epoch_line", "preflight", "prepare"]
 

@@ -18,8 +18,9 @@ from deploy.search import candidate_path
 from env.channels import ChannelPlan
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset, Split
+from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
-from env.training import Metrics, evaluate, train
+from env.training import train
 
 __all__ = ["recover", "write_result"]
 

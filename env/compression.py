@@ -28,8 +28,9 @@ from env.errors import NonFiniteError, UserError
 from env.importance import FEATURES, LIMIT
 from env.networks import NetworkConfig, build_network
 from env.recognizer import Body, Recognizer, Retraining
+from env.retraining import Metrics
 from env.seeds import derive_seed
-from env.training import Metrics, TrainConfig, train
+from env.training import TrainConfig, train
 
 __all__ = ["CompressionEnv", "EpisodeConfig", "TargetReached", "make_compression", "unreachable"]
 

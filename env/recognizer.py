@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from env.channels import ChannelPlan
 from env.data import DataConfig, Dataset, Split, normalise
 from env.importance import log_scores
+from env.retraining import Metrics, evaluate, retrain
 from env.seeds import derive_seed
-from env.training import Metrics, evaluate, retrain
 
 __all__ = ["Body", "Recognizer", "Retraining"]
 

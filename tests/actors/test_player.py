@@ -21,7 +21,7 @@ from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
 from env.compression import EpisodeConfig
 from env.data import DataConfig, Dataset, load_dataset
 from env.networks import NetworkConfig
-from env.training import Metrics
+from env.retraining import Metrics
 from learner.learner import LearnerConfig
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Replay, ReplayConfig

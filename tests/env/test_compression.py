@@ -13,7 +13,7 @@ from env.data import DataConfig, load_dataset
 from env.errors import UserError
 from env.networks import small
 from env.recognizer import Recognizer
-from env.training import retrain
+from env.retraining import retrain
 
 torch.set_num_threads(1)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from env.channels import ChannelPlan
 from env.data import DataConfig, Dataset, Split, normalise
 from env.networks import resnet18, small, vgg16
-from env.training import retrain
+from env.retraining import retrain
 from env.zero_out import ZeroOut, attach_zero_out
 
 torch.set_num_threads(1)

@@ -1,0 +1,221 @@
+"""The inner loop: one update, a few of them in a row, and judging. Nearly all of a campaign's time is spent here.
+
+Called by the environment in every step, and by `env/training.py` for whole trainings.
+
+Images go in as channels_last and the layers follow (but see `_misread`); weights stay as they are, so that saving
+and slicing them never meets odd strides.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from env.data import DataConfig, Dataset, Split, augment, normalise, require_batch
+from env.errors import NonFiniteError
+
+__all__ = [
+    "Metrics",
+    "augmented",
+    "choices",
+    "evaluate",
+    "finite",
+    "make_optimizer",
+    "retrain",
+    "seeded",
+    "set_rate",
+    "update",
+]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """How well a network recognizes a split."""
+
+    accuracy: float  # share of images whose highest logit is right, 0 to 1
+    cross_entropy: float  # nats, mean over images
+
+
+def evaluate(
+    network: nn.Module,
+    split: Split,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    *,
+    batch_size: int = 500,
+    precision: str = "float32",
+) -> Metrics:
+    """Judge `network` in eval mode on `split` (same device); its modes are then as they were before."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    right = loss = torch.zeros((), dtype=torch.float64, device=split.images.device)
+    try:
+        with torch.inference_mode():
+            for start in range(0, len(split), batch_size):
+                images = _channels_last(normalise(split.images[start : start + batch_size], mean, std))
+                labels = split.labels[start : start + batch_size]
+                with _autocast(images.device, precision):
+                    logits = network(images).float()
+                right = right + (logits.argmax(1) == labels).sum()
+                loss = loss + F.cross_entropy(logits, labels, reduction="sum")
+    finally:
+        for module, training in modes:
+            module.training = training
+    return Metrics(accuracy=float(right) / len(split), cross_entropy=float(loss) / len(split))
+
+
+def retrain(
+    network: nn.Module,
+    dataset: Dataset,
+    data_config: DataConfig,
+    *,
+    minibatches: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    momentum: float = 0.9,
+    weight_decay: float = 5e-4,
+    precision: str = "float32",
+    decay: bool = False,
+    label_smoothing: float = 0.0,
+) -> float:
+    """Train `network` in place for a few minibatches, with a fresh momentum; returns their mean loss in nats.
+
+    `seed` alone draws the images and their augmentation (common random numbers: the same seed means the same
+    pictures whatever the network). The learning rate is constant, or with `decay` falls linearly from
+    `learning_rate` towards 0. The network's modes are left in training mode. NonFiniteError when the loss or
+    a weight is not finite; UserError when there are fewer training images than a batch.
+    """
+    if minibatches < 1:
+        raise ValueError(f"minibatches must be at least 1, got {minibatches}")
+    require_batch(dataset, batch_size)
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(network, learning_rate, momentum=momentum, weight_decay=weight_decay)
+    network.train()
+    total = torch.zeros((), device=dataset.train.images.device)
+    with seeded(dataset.train.images.device, seed):
+        for index, chosen in enumerate(choices(len(dataset.train), batch_size, minibatches, generator)):
+            if decay:
+                set_rate(optimizer, learning_rate * (1 - index / minibatches))
+            batch = dataset.train.take(chosen.to(total.device))
+            total += update(
+                network,
+                optimizer,
+                augmented(batch, dataset, data_config, generator),
+                batch.labels,
+                label_smoothing=label_smoothing,
+                precision=precision,
+            )
+    if not bool(total.isfinite()) or not finite(network):
+        raise NonFiniteError(
+            f"retraining: loss or weights are not finite after {minibatches} minibatches at learning rate "
+            f"{learning_rate:g}; try a lower learning rate"
+        )
+    return float(total) / minibatches
+
+
+def update(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    label_smoothing: float,
+    precision: str,
+) -> Tensor:
+    """One update; returns the loss before it, a scalar that the device need not have finished."""
+    if images.device.type != "cpu" or not any(map(_misread, network.modules())):
+        images = _channels_last(images)
+    with _autocast(images.device, precision):
+        logits = network(images)
+    loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return loss.detach()
+
+
+def augmented(batch: Split, dataset: Dataset, config: DataConfig, generator: torch.Generator) -> Tensor:
+    """The batch's images augmented as `config` says and normalised: float32 [B, C, H, W]."""
+    return augment(
+        batch.images,
+        flip=config.flip,
+        shift_pixels=config.shift_pixels,
+        mean=dataset.mean,
+        std=dataset.std,
+        generator=generator,
+    )
+
+
+def choices(images: int, batch_size: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
+    """`count` times the indices of a minibatch (int64 [batch_size]): no image twice before all came once."""
+    waiting = torch.empty(0, dtype=torch.int64)
+    for _ in range(count):
+        if len(waiting) < batch_size:
+            waiting = torch.randperm(images, generator=generator)  # an incomplete rest is left out
+        yield waiting[:batch_size]
+        waiting = waiting[batch_size:]
+
+
+def make_optimizer(
+    network: nn.Module, learning_rate: float, *, momentum: float, weight_decay: float
+) -> torch.optim.SGD:
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # batch-norm and biases
+    ]
+    return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def _autocast(device: torch.device, precision: str) -> torch.autocast:
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _misread(module: nn.Module) -> bool:
+    """Whether the CPU's gradient of this convolution writes past its memory for channels_last images.
+
+    oneDNN issue 6035: strided 1x1 convolutions with fewer input channels than a register holds (8 in AVX2, 16 in
+    AVX-512), as pruning makes them. The process crashes, or hangs, or goes on with a wrong gradient.
+    """
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == (1, 1)
+        and max(module.stride) > 1
+        and module.in_channels // module.groups < 16
+    )
+
+
+def _channels_last(images: Tensor) -> Tensor:
+    """The images with channels innermost in memory, which every following layer then keeps to.
+
+    With one channel both orders are the same bytes, and only strides that say so turn the layers.
+    """
+    batch, channels, height, width = images.shape
+    if channels == 1:
+        return images.contiguous().as_strided((batch, 1, height, width), (height * width, 1, width, 1))
+    return images.contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def seeded(device: torch.device, seed: int) -> Iterator[None]:
+    """Torch's global generators start from `seed` inside, and are as before outside."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def finite(network: nn.Module) -> bool:
+    """Whether every weight and batch-norm entry is finite."""
+    tensors: Iterable[Tensor] = (*network.parameters(), *network.buffers())
+    flags = [tensor.isfinite().all() for tensor in tensors if tensor.is_floating_point()]
+    return not flags or bool(torch.stack(flags).all())
