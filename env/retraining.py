@@ -163,6 +163,7 @@ def choices(images: int, batch_size: int, count: int, generator: torch.Generator
 def make_optimizer(
     network: nn.Module, learning_rate: float, *, momentum: float, weight_decay: float
 ) -> torch.optim.SGD:
+    """SGD (Nesterov's, where there is momentum), its weight decay on convolution and linear weights only."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},

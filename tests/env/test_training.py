@@ -152,11 +152,3 @@ def test_a_field_out_of_range_is_named_with_its_value(field: str, value: Any) ->
         TrainConfig(**{field: value})
     assert caught.value.what == f"train.{field}"
     assert caught.value.got == repr(value)
-
-
-class Fixed(nn.Module):
-    """Answers each image with the logits (x, 0, -x), x its only pixel as normalised."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = images.flatten(1)
-        return torch.cat([x, torch.zeros_like(x), -x], dim=1)
