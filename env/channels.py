@@ -9,22 +9,33 @@ that stand side by side in the same tensors. The groups come from torch-pruning'
 """
 
 import copy
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-__all__ = ["NORMS", "PRODUCERS", "TRANSPOSED", "ChannelPlan", "Layer", "adopt"]
+from env.groups import (
+    CONVOLUTIONS,
+    NORMS,
+    PRODUCERS,
+    TRANSPOSED,
+    Group,
+    find_groups,
+    is_depthwise,
+    module_tensors,
+    places,
+    touched,
+)
+from env.zero_out import attach_zero_out
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-PRODUCERS = (*_CONVOLUTIONS, *TRANSPOSED, nn.Linear)
+__all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt"]
+
+#: What compression can be counted in; each is a method of ChannelPlan.
+MEASURES = ("parameters", "macs", "bytes")
+#: Largest difference of logits, relative to their size, that rounding may leave between masked and compact.
+_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,17 +69,32 @@ class ChannelPlan:
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         with torch.inference_mode(False), torch.enable_grad():  # the graph is read from the gradients' own
             model = copy.deepcopy(network).eval().requires_grad_(True)
-            groups, self.left_out = _find_groups(model, example.clone())
+            groups, self.left_out = find_groups(model, example.clone())
+        self._assign(model, groups)
+        broken = _broken(self, model, example)
+        for layer, reason in broken.items():
+            self.left_out.update(dict.fromkeys(self.layers[layer].modules, reason))
+        if broken:
+            self._assign(model, [group for layer, group in enumerate(groups) if layer not in broken])
+        tensors: dict[str, Tensor] = dict(model.named_parameters())
+        self._costs = {
+            "parameters": self._cost(dict.fromkeys(tensors, 1), tensors),
+            "macs": self._cost(_positions(model, example), dict(model.named_parameters(remove_duplicate=False))),
+        }
+        tensors |= dict(model.named_buffers())
+        self._costs["bytes"] = self._cost({name: t.element_size() for name, t in tensors.items()}, tensors)
+
+    def _assign(self, model: nn.Module, groups: Sequence[Group]) -> None:
+        """Number the units of these groups, and find the places they own."""
         self.layers = tuple(_layers(groups))
         self.layer_of = torch.repeat_interleave(
             torch.arange(len(self.layers)), torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
         )
         self.owners = _owners(model, groups, self.layers)
-        shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-        self._parameter_cost = _Cost(shapes, dict.fromkeys(shapes, 1), self.owners, self.layer_of)
-        positions = _positions(model, example)
-        weights = {name: shapes[name] for name in positions}
-        self._mac_cost = _Cost(weights, positions, self.owners, self.layer_of)
+
+    def _cost(self, factors: Mapping[str, int], tensors: Mapping[str, Tensor]) -> "_Cost":
+        shapes = {name: tuple(tensors[name].shape) for name in factors}
+        return _Cost(shapes, factors, self.owners, self.layer_of)
 
     @property
     def units(self) -> int:
@@ -89,11 +115,18 @@ class ChannelPlan:
 
     def parameters(self, kept: Tensor) -> Tensor:
         """Parameters of the compact network: int64 [..., L] units kept -> int64 [...]."""
-        return self._parameter_cost(kept)
+        return self.cost("parameters", kept)
 
     def macs(self, kept: Tensor) -> Tensor:
         """Multiply-accumulates of convolutions and linear layers for one input: int64 [..., L] -> int64 [...]."""
-        return self._mac_cost(kept)
+        return self.cost("macs", kept)
+
+    def cost(self, measure: str, kept: Tensor) -> Tensor:
+        """What the compact network costs in one of `MEASURES`: int64 [..., L] units kept -> int64 [...].
+
+        "bytes" are those of all parameters and buffers as they are stored.
+        """
+        return self._costs[measure](kept)
 
     def compact(self, network: nn.Module, keep_mask: Tensor, have: Tensor | None = None) -> nn.Module:
         """Return a copy of `network` in which the units outside `keep_mask` are really gone.
@@ -126,32 +159,41 @@ def adopt(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
     """Give `network` these tensors, by name, and set each module's sizes to fit them; returns `network`.
 
     This is all that rebuilding a compact network takes, so a saved one needs its tensors and its factory only.
+    A tensor that several modules share is named once, as `named_parameters` does, and stays shared.
     """
+    replaced: dict[int, Tensor] = {}
     for path, module in network.named_modules():
         prefix = f"{path}." if path else ""
         for kind in (module._parameters, module._buffers):
             for key, old in kind.items():
-                if old is not None and prefix + key in tensors:
-                    new = tensors[prefix + key]
-                    kind[key] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                if old is None:
+                    continue
+                new = replaced.get(id(old), tensors.get(prefix + key))
+                if new is None:
+                    continue
+                if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
+                    new = nn.Parameter(new, old.requires_grad)
+                kind[key] = replaced[id(old)] = new
         _fit(module)
     return network
 
 
 def _fit(module: nn.Module) -> None:
     """Set a module's sizes from its own tensors."""
-    if isinstance(module, (*_CONVOLUTIONS, *TRANSPOSED)):
+    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         first, second = module.weight.shape[:2]
-        if _depthwise(module):
+        if is_depthwise(module):
             module.groups = module.in_channels = module.out_channels = first
-        elif isinstance(module, _CONVOLUTIONS):
+        elif isinstance(module, CONVOLUTIONS):
             module.out_channels, module.in_channels = first, second * module.groups
         else:
             module.in_channels, module.out_channels = first, second * module.groups
     elif isinstance(module, nn.Linear):
         module.out_features, module.in_features = module.weight.shape
     elif isinstance(module, NORMS):
-        module.num_features = next((len(t) for t in _tensors(module).values() if t.dim() == 1), module.num_features)
+        module.num_features = next(
+            (len(t) for t in module_tensors(module).values() if t.dim() == 1), module.num_features
+        )
 
 
 class _Cost:
@@ -191,131 +233,82 @@ class _Cost:
         return (sizes * self.factor.to(kept.device)).sum(-1).to(torch.int64)
 
 
-@dataclass(frozen=True)
-class _Member:
-    """One tensor axis of a group: `roots[i]` is the position in the group that owns index `indices[i]`."""
-
-    module: str
-    output: bool
-    indices: list[int]
-    roots: list[int]
-
-
-def _find_groups(model: nn.Module, example: Tensor) -> tuple[list[list[_Member]], dict[str, str]]:
-    names = {module: name for name, module in model.named_modules()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unwrapped parameters")  # they keep their groups whole, see below
-        graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
-    order = {name: place for place, name in enumerate(names.values())}
-    traced = []
-    for group in graph.get_all_groups(root_module_types=[*_CONVOLUTIONS, *TRANSPOSED, nn.Linear]):
-        members = sorted(_members(group, names), key=lambda member: order[member.module])
-        traced.append((members, _bare_parameter(group) or _why_not(members, model)))
-    doubtful = _doubtful([members for members, reason in traced if not reason], [m for m, _ in traced], model)
-    found, left_out = [], {}
-    for members, reason in traced:
-        producers = [member.module for member in members if member.output]
-        unsure = next((m.module for m in members if (m.module, m.output) in doubtful), None)
-        if not reason and unsure is not None:
-            reason = f"{unsure} reads channels that come from outside any layer: their places are not known"
-        if reason:
-            left_out.update(dict.fromkeys(producers, reason))
-        else:
-            found.append((order[producers[0]], members))
-    return [members for _, members in sorted(found, key=lambda pair: pair[0])], left_out
-
-
-def _members(group: tp.Group, names: Mapping[nn.Module, str]) -> Iterator[_Member]:
-    for item in group:
-        module = item.dep.target.module
-        if module in names:
-            output = item.dep.handler.__name__ == "prune_out_channels"
-            yield _Member(names[module], output, list(item.idxs), list(item.root_idxs))
-
-
-def _bare_parameter(group: tp.Group) -> str | None:
-    """Why a group that a parameter outside any known module takes part in must stay whole, or None."""
-    if any(isinstance(item.dep.target.module, nn.Parameter) for item in group):
-        return "a bare nn.Parameter is joined to it, whose axes are not known"
-    return None
-
-
-def _why_not(members: list[_Member], model: nn.Module) -> str | None:
-    """Why this group must stay whole, or None."""
-    for member in members:
-        module = model.get_submodule(member.module)
-        if not isinstance(module, (*PRODUCERS, *NORMS)):
-            return f"{member.module} is a {type(module).__name__}, which is not known to be safe to slice"
-        if isinstance(module, (*_CONVOLUTIONS, *TRANSPOSED)) and module.groups > 1 and not _depthwise(module):
-            return f"{member.module} is a grouped convolution ({module.groups} groups)"
-    if all(member.output for member in members):
-        return "nothing in the network reads it: it is an output"
-    return None
-
-
-def _doubtful(sound: list[list[_Member]], everything: list[list[_Member]], model: nn.Module) -> set[tuple[str, bool]]:
-    """(module, whether its output) of sound groups with channels that no group has, or that are not there.
-
-    So it is where a concatenation takes in the network's input: torch-pruning then counts the places without it.
-    """
-    mine = {member.module for members in sound for member in members}
-    seen: dict[tuple[str, bool, int], set[int]] = defaultdict(set)
-    for member in (member for members in everything for member in members if member.module in mine):
-        for _, _, size in _touched(model.get_submodule(member.module), member):
-            seen[member.module, member.output, size].update(member.indices)
-    return {(module, output) for (module, output, size), indices in seen.items() if indices != set(range(size))}
-
-
-def _depthwise(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Conv3d]:
-    return (
-        isinstance(module, _CONVOLUTIONS)
-        and module.groups == module.in_channels == module.out_channels
-        and module.groups > 1
-    )
-
-
-def _layers(groups: list[list[_Member]]) -> Iterator[Layer]:
+def _layers(groups: Sequence[Group]) -> Iterator[Layer]:
     first = 0
-    for members in groups:
-        units = 1 + max(root for member in members for root in member.roots)
-        modules = tuple(dict.fromkeys(member.module for member in members if member.output))
-        yield Layer(name=modules[0], first=first, units=units, modules=modules)
-        first += units
+    for group in groups:
+        yield Layer(name=group.producers[0], first=first, units=group.units, modules=group.producers)
+        first += group.units
 
 
-def _owners(model: nn.Module, groups: list[list[_Member]], layers: tuple[Layer, ...]) -> dict[str, dict[int, Tensor]]:
+def _owners(model: nn.Module, groups: Sequence[Group], layers: Sequence[Layer]) -> dict[str, dict[int, Tensor]]:
     """For each tensor and axis that pruning touches: int64 [size], the unit that owns each index or -1."""
     owners: dict[str, dict[int, Tensor]] = defaultdict(dict)
-    for members, layer in zip(groups, layers, strict=True):
-        for member in members:
+    for group, layer in zip(groups, layers, strict=True):
+        for member in group.members:
             module = model.get_submodule(member.module)
-            units = torch.tensor(member.roots) + layer.first
-            for name, axis, size in _touched(module, member):
+            units = torch.tensor(member.units) + layer.first
+            for name, axis, size in touched(module, member):
                 owner = owners[name].setdefault(axis, torch.full((size,), -1, dtype=torch.int64))
-                owner[member.indices] = units
+                owner[places(module, member, size)] = units
     return dict(owners)
 
 
-def _touched(module: nn.Module, member: _Member) -> Iterator[tuple[str, int, int]]:
-    """(tensor name, axis, size) that this member slices."""
-    for key, tensor in _tensors(module).items():
-        if tensor.dim() == 0:
-            continue
-        if isinstance(module, NORMS) or _depthwise(module):
-            axis = 0
-        elif key == "bias":
-            if not member.output:
-                continue
-            axis = 0
-        else:
-            axis = int(member.output == isinstance(module, TRANSPOSED))
-        yield f"{member.module}.{key}", axis, tensor.shape[axis]
+def _broken(plan: ChannelPlan, model: nn.Module, example: Tensor) -> dict[int, str]:
+    """Layers that cannot be pruned after all: index -> why, found by trying.
+
+    The graph does not see everything (a reshape that mixes channels, a mean over them, a function that is not 0 at 0).
+    So random units are taken out and silenced, and the two networks must agree.
+    """
+    with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(0)
+        model = _perturbed(model)
+        images = torch.randn(2, *example.shape[1:], device=example.device)
+        layers = range(len(plan.layers))
+        if _disagreement(plan, model, images, layers) is None:
+            return {}
+        sound: list[int] = []
+        broken: dict[int, str] = {}
+        for layer in layers:
+            reason = _disagreement(plan, model, images, [*sound, layer])
+            if reason is None:
+                sound.append(layer)
+            else:
+                broken[layer] = reason
+    return broken
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and buffers."""
-    found = {**module._parameters, **module._buffers}
-    return {key: tensor for key, tensor in found.items() if tensor is not None}
+def _disagreement(plan: ChannelPlan, model: nn.Module, images: Tensor, layers: Sequence[int]) -> str | None:
+    """How masked and compact differ where a third of each of these layers is taken out, or None."""
+    for _ in range(2):
+        keep_mask = torch.ones(plan.units, dtype=torch.bool)
+        for layer in (plan.layers[index] for index in layers):
+            going = torch.randperm(layer.units)[: min(max(1, layer.units // 3), layer.units - 1)]
+            keep_mask[layer.first + going] = False
+        masked = copy.deepcopy(model)
+        attach_zero_out(masked, plan, keep_mask)
+        try:
+            expected, compact = masked(images), plan.compact(model, keep_mask)(images)
+        except Exception as error:  # whatever a forward raises that counts on its channels
+            return f"the network does not run without some of its channels ({(str(error).splitlines() or [''])[0]})"
+        if compact.shape != expected.shape or not _alike(compact, expected):
+            return "taking its channels out is not the same as silencing them: something past it mixes them otherwise"
+    return None
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
+
+
+def _perturbed(model: nn.Module) -> nn.Module:
+    """A copy in which nothing is exactly 0 or 1, so that no shift or scale of a fresh network hides a mistake."""
+    model = copy.deepcopy(model)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.numel():
+            tensor.mul_(torch.rand_like(tensor) + 0.5)
+            if not name.endswith("running_var"):  # which stays positive
+                scale = tensor.square().mean().sqrt()
+                tensor.add_(torch.randn_like(tensor), alpha=0.1 * float(scale or 1.0))
+    return model
 
 
 def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from env.channels import NORMS, PRODUCERS, TRANSPOSED, ChannelPlan
+from env.channels import ChannelPlan
+from env.groups import NORMS, PRODUCERS, TRANSPOSED
 
 __all__ = ["FEATURES", "LIMIT", "gamma", "l1", "log_scores", "taylor"]
 

@@ -5,10 +5,15 @@ in front of a batch-norm would let its shift through, and the masked network wou
 only the batch-norm would miss whoever reads the convolution past it.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
-from env.channels import TRANSPOSED, ChannelPlan
+from env.groups import TRANSPOSED
+
+if TYPE_CHECKING:  # the plan itself checks with masks that it is right
+    from env.channels import ChannelPlan
 
 __all__ = ["ZeroOut", "attach_zero_out"]
 
@@ -27,7 +32,7 @@ class ZeroOut(nn.Module):
         return inputs * self.keep_mask.to(inputs.dtype).view(1, -1, *[1] * (inputs.dim() - 2))
 
 
-def attach_zero_out(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> list[ZeroOut]:
+def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) -> list[ZeroOut]:
     """Put a ZeroOut layer behind every module whose outputs are units, in place; returns the layers.
 
     Args:
