@@ -6,7 +6,7 @@ could go wrong without a word. Called by env/channels.py only, which knows what 
 
 import math
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeGuard
@@ -92,7 +92,7 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
         if reason:
             left_out.update(dict.fromkeys(group.producers, reason))
         else:
-            sound.append(group)
+            sound += _parted(group)
     return sorted(sound, key=lambda group: order[group.producers[0]]), left_out
 
 
@@ -176,6 +176,34 @@ def _folded(group: Group, model: nn.Module) -> tuple[Group, str | None]:
     if not period:
         return group, None
     return Group([replace(m, units=[unit % period for unit in m.units]) for m in group.members]), None
+
+
+def _parted(group: Group) -> list[Group]:
+    """The group as several, where its units are not alike.
+
+    A depthwise convolution after a concatenation puts the channels of two convolutions into one group, though each
+    unit takes channels out of one of them only. Units that own as much everywhere stay together.
+    """
+    owned: dict[int, Counter[tuple[str, bool]]] = defaultdict(Counter)
+    for member in group.members:
+        for unit in member.units:
+            owned[unit][member.module, member.output] += 1
+    alike: dict[frozenset[tuple[tuple[str, bool], int]], list[int]] = defaultdict(list)
+    for unit in sorted(owned):
+        alike[frozenset(owned[unit].items())].append(unit)
+    return [_part(group, units) for units in alike.values()]
+
+
+def _part(group: Group, units: list[int]) -> Group:
+    """The group less all units but these, which are numbered anew."""
+    number = {unit: place for place, unit in enumerate(units)}
+    members = []
+    for member in group.members:
+        pairs = [(c, number[u]) for c, u in zip(member.channels, member.units, strict=True) if u in number]
+        if pairs:
+            channels, numbers = map(list, zip(*pairs, strict=True))
+            members.append(replace(member, channels=channels, units=numbers))
+    return Group(members)
 
 
 def _doubtful(traced: list[tuple[Group, str | None]], model: nn.Module) -> set[tuple[str, bool]]:

@@ -1,7 +1,8 @@
 """The networks that come with Zeroout, and the way to a user's own.
 
-VGG16 and ResNet18 in their CIFAR form are the networks of the source's tables; `small` is for the embedded
-8x8 digits. Called by `deploy/campaign.py` (to prepare the Recognizer) and by tests and benchmarks.
+VGG16, ResNet18 and ResNet34 in their CIFAR form are the networks of the source's tables, ResNet56 is the field's;
+`small` is for the embedded 8x8 digits. Called by `deploy/prepare.py`, which makes the Recognizer, and by tests and
+benchmarks.
 
 A compacted network reuses these very classes with fewer channels, so no `forward` here names a channel
 count, and no activation works in place: a ZeroOut layer or a hook may stand after any module.
@@ -30,6 +31,8 @@ __all__ = [
     "load_weights",
     "read_weights",
     "resnet18",
+    "resnet34",
+    "resnet56",
     "small",
     "vgg16",
 ]
@@ -38,7 +41,8 @@ _POOL = 0  # stands for a max-pool in the plans below
 _VGG16 = (64, 64, _POOL, 128, 128, _POOL, 256, 256, 256, _POOL, 512, 512, 512, _POOL, 512, 512, 512, _POOL)
 # 204,778 parameters for digits at width 1: the task needs a few thousand, so most filters can go.
 _SMALL = (32, 32, _POOL, 64, 64, _POOL, 96, 96)
-_RESNET_STAGES = (64, 128, 256, 512)
+_IMAGENET_STAGES = (64, 128, 256, 512)  # of ResNet18 and ResNet34, He et al. 2016, table 1
+_CIFAR_STAGES = (16, 32, 64)  # of ResNet56, He et al. 2016, section 4.2
 
 
 class SequentialNetwork(nn.Module):
@@ -91,9 +95,11 @@ class ResNet(nn.Module):
     Input float [B, channels, H, W]; output logits float [B, classes].
     """
 
-    def __init__(self, blocks: Sequence[int], *, channels: int, classes: int, width: float) -> None:
+    def __init__(
+        self, blocks: Sequence[int], stages: Sequence[int], *, channels: int, classes: int, width: float
+    ) -> None:
         super().__init__()
-        widths = [_scaled(stage, width) for stage in _RESNET_STAGES]
+        widths = [_scaled(stage, width) for stage in stages]
         self.conv = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.bn = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU()
@@ -125,25 +131,39 @@ def small(*, channels: int = 1, classes: int = 10, width: float = 1.0) -> Sequen
     return SequentialNetwork(_SMALL, channels=channels, classes=classes, width=width)
 
 
-def resnet18(*, channels: int = 3, classes: int = 10, width: float = 1.0, skip_convolutions: bool = False) -> ResNet:
-    """ResNet18 as used on CIFAR (11.2 million parameters at width 1).
+def resnet18(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> ResNet:
+    """ResNet18 as used on CIFAR: eight residual blocks (11.2 million parameters at width 1)."""
+    return ResNet((2, 2, 2, 2), _IMAGENET_STAGES, channels=channels, classes=classes, width=width)
 
-    With `skip_convolutions` every identity shortcut carries a 1x1 convolution that starts as the identity.
+
+def resnet34(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> ResNet:
+    """ResNet34 as used on CIFAR: sixteen residual blocks (21.3 million parameters at width 1)."""
+    return ResNet((3, 4, 6, 3), _IMAGENET_STAGES, channels=channels, classes=classes, width=width)
+
+
+def resnet56(*, channels: int = 3, classes: int = 10, width: float = 1.0) -> ResNet:
+    """ResNet56 for CIFAR: three stages of nine blocks (0.86 million parameters at width 1).
+
+    Where a stage begins, the shortcut is a 1x1 convolution (He et al.'s option B), which can be pruned.
     """
-    network = ResNet((2, 2, 2, 2), channels=channels, classes=classes, width=width)
-    if skip_convolutions:
-        add_skip_convolutions(network)
-    return network
+    return ResNet((9, 9, 9), _CIFAR_STAGES, channels=channels, classes=classes, width=width)
 
 
-_NETWORKS: dict[str, Callable[..., nn.Module]] = {"small": small, "vgg16": vgg16, "resnet18": resnet18}
+_NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "small": small,
+    "vgg16": vgg16,
+    "resnet18": resnet18,
+    "resnet34": resnet34,
+    "resnet56": resnet56,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
     """Which network is compressed. Raises UserError, naming the field, for a value out of range."""
 
-    name: str = "small"  # "small" (8x8 digits), "vgg16" or "resnet18"; unused where `factory` is given
+    # "small" (8x8 digits), "vgg16", "resnet18", "resnet34" or "resnet56"; unused where `factory` is given
+    name: str = "small"
     width: float = 1.0  # multiplies every channel count of our networks; more than 0, at most 16
     # "coupled": channels that a residual sum joins live or die together.
     # "convolution": a 1x1 convolution (identity at first) on every identity skip, as the source does.
@@ -182,6 +202,13 @@ def build_network(config: NetworkConfig, *, channels: int, classes: int, seed: i
     added: list[str] = []
     if config.skips == "convolution":
         added = add_skip_convolutions(network)
+        if not added:
+            raise UserError(
+                "network.skips",
+                expected="a network with identity skips (env/skips.py says how they are found)",
+                got=f"{type(network).__name__}, which has none",
+                remedy="set network.skips = coupled",
+            )
     if config.weights:
         started = network.state_dict()
         identities = {f"{name}.weight": started[f"{name}.weight"] for name in added}

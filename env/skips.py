@@ -20,17 +20,26 @@ def identity_convolution(channels: int) -> nn.Conv2d:
 def add_skip_convolutions(network: nn.Module) -> list[str]:
     """Put an identity convolution on every identity skip of `network`, in place.
 
-    A skip is found by the convention of our ResNet: a block with an `nn.Identity` named `shortcut` and a
-    first convolution named `conv1`, whose input channels the skip carries. Returns the names of the new
-    convolutions, in the network's order: none for a network without such skips, or where it was done before.
-    The new weights take the device and dtype of `conv1`, and the block's training mode.
+    A skip is found by its block: one with a first convolution `conv1`, whose input channels the skip carries, and
+    either a `shortcut` that is an `nn.Identity` or an empty `nn.Sequential`, or a `downsample` that is None (as
+    torchvision's blocks have). Returns the names of the new convolutions, in the network's order: none for a network
+    without such skips, or where it was done before. The new weights take the device and dtype of `conv1`, and the
+    block's training mode.
     """
     added = []
     for name, block in list(network.named_modules()):
-        first = getattr(block, "conv1", None)
-        if not isinstance(getattr(block, "shortcut", None), nn.Identity) or not isinstance(first, nn.Conv2d):
+        first, place = getattr(block, "conv1", None), _free_skip(block)
+        if place is None or not isinstance(first, nn.Conv2d):
             continue
         convolution = identity_convolution(first.in_channels).to(first.weight.device, first.weight.dtype)
-        block.shortcut = convolution.train(block.training)
-        added.append(f"{name}.shortcut" if name else "shortcut")
+        setattr(block, place, convolution.train(block.training))
+        added.append(f"{name}.{place}" if name else place)
     return added
+
+
+def _free_skip(block: nn.Module) -> str | None:
+    """The attribute of `block` that passes its skip on unchanged, or None."""
+    shortcut = getattr(block, "shortcut", None)
+    if isinstance(shortcut, nn.Identity) or (isinstance(shortcut, nn.Sequential) and len(shortcut) == 0):
+        return "shortcut"
+    return "downsample" if hasattr(block, "downsample") and block.downsample is None else None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from env.groups import TRANSPOSED
+from env.groups import TRANSPOSED, module_tensors
 
 if TYPE_CHECKING:  # the plan itself checks with masks that it is right
     from env.channels import ChannelPlan
@@ -44,18 +44,17 @@ def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) 
     attached = []
     for name in dict.fromkeys(name for layer in plan.layers for name in layer.modules):
         module = network.get_submodule(name)
-        tensor, output_axis = _output(name, module)
-        owner = dict(plan.axes(tensor))[output_axis]
+        owner = _output_owner(name, module, plan)
         zero_out = ZeroOut(len(owner))
         zero_out.keep_mask.copy_(((owner < 0) | keep_mask[owner.clamp(min=0)]).float())
-        zero_out.to(network.state_dict()[tensor].device)
+        zero_out.to(next(iter(module_tensors(module).values())).device)
         module.register_forward_hook(lambda _module, _inputs, output, layer=zero_out: layer(output))
         attached.append(zero_out)
     return attached
 
 
-def _output(name: str, module: nn.Module) -> tuple[str, int]:
-    """A tensor of the module that has its output channels, and the axis they are on."""
-    own = {**module._parameters, **module._buffers}
-    first = next(key for key, tensor in own.items() if tensor is not None)
-    return f"{name}.{first}", int(isinstance(module, TRANSPOSED))
+def _output_owner(name: str, module: nn.Module, plan: "ChannelPlan") -> Tensor:
+    """int64 [C], the unit that owns each output channel of the module, or -1."""
+    own = module_tensors(module)
+    owner = dict(plan.axes(f"{name}.{next(iter(own))}"))[int(isinstance(module, TRANSPOSED))]
+    return owner.repeat(module.groups) if isinstance(module, TRANSPOSED) else owner  # its weight holds one group's

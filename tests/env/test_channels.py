@@ -6,48 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE
 
 from env.channels import ChannelPlan, adopt
-from env.networks import resnet18, small, vgg16
+from env.errors import UserError
+from env.networks import small
 
 torch.set_num_threads(1)
-
-
-class Dense(nn.Module):
-    """Two convolutions joined, one batch-norm over both, and one reader past it; perhaps the input joined too."""
-
-    def __init__(self, *, with_input: bool = False) -> None:
-        super().__init__()
-        self.with_input = with_input
-        width = 15 if with_input else 12
-        self.first = nn.Conv2d(3, 5, 3, padding=1)
-        self.norm = nn.BatchNorm2d(5)
-        self.second = nn.Conv2d(5, 7, 3, padding=1)
-        self.joined_norm = nn.BatchNorm2d(width)
-        self.third = nn.Conv2d(width, 4, 1)
-        self.past = nn.Conv2d(7, 4, 1)
-        self.classifier = nn.Linear(4, 6)
-
-    def forward(self, images: Tensor) -> Tensor:
-        first = self.first(images)
-        second = self.second(torch.relu(self.norm(first)))
-        parts = [images, first, second] if self.with_input else [first, second]
-        joined = self.third(torch.relu(self.joined_norm(torch.cat(parts, 1))))
-        return self.classifier((joined + self.past(second)).mean((2, 3)))  # type: ignore[no-any-return]
-
-
-class Scaled(nn.Module):
-    """A convolution whose output a bare parameter scales."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 5, 3)
-        self.scale = nn.Parameter(torch.ones(5, 1, 1))
-        self.second = nn.Conv2d(5, 7, 3)
-        self.classifier = nn.Linear(7, 4)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.classifier(self.second(self.first(images) * self.scale).mean((2, 3)))  # type: ignore[no-any-return]
 
 
 def two_convolutions() -> nn.Sequential:
@@ -62,65 +28,6 @@ def two_convolutions() -> nn.Sequential:
     )
 
 
-def flattened() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Flatten(), nn.Linear(5 * 36, 7), nn.ReLU(), nn.Linear(7, 4)
-    )
-
-
-def depthwise() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 5, 3, bias=False),
-        nn.BatchNorm2d(5),
-        nn.ReLU(),
-        nn.Conv2d(5, 5, 3, groups=5),
-        nn.BatchNorm2d(5),
-        nn.Conv2d(5, 7, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(7, 4),
-    )
-
-
-def transposed() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 5, 3, stride=2),
-        nn.ConvTranspose2d(5, 7, 3, stride=2),
-        nn.BatchNorm2d(7, affine=False),
-        nn.Conv2d(7, 4, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-    )
-
-
-def grouped(factor: int = 1) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3),
-        nn.Conv2d(4, 4 * factor, 3, groups=4 if factor > 1 else 2),
-        nn.ReLU(),
-        nn.Conv2d(4 * factor, 7, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Linear(7, 4),
-    )
-
-
-NETWORKS: dict[str, Any] = {
-    "vgg16": lambda: vgg16(width=0.06),
-    "resnet18 coupled": lambda: resnet18(width=0.06),
-    "resnet18 convolution": lambda: resnet18(width=0.06, skip_convolutions=True),
-    "small": lambda: small(channels=3, width=0.1),
-    "two convolutions": lambda: nn.Sequential(nn.Conv2d(3, 2, 1), *two_convolutions()),
-    "dense": Dense,
-    "dense with input": lambda: Dense(with_input=True),
-    "flattened": flattened,
-    "depthwise": depthwise,
-    "transposed": transposed,
-    "grouped": grouped,
-    "channel multiplier": lambda: grouped(2),
-    "bare parameter": Scaled,
-}
-EXAMPLE = torch.zeros(1, 3, 8, 8)
 MADE: dict[str, tuple[nn.Module, ChannelPlan]] = {}
 
 
@@ -147,26 +54,17 @@ def parameters(network: nn.Module) -> int:
 
 
 def counted_macs(network: nn.Module, images: Tensor) -> int:
-    """Independent of the plan: from the sizes that a forward pass meets."""
-    total = 0
+    """Independent of the plan: torch's own counter of floating-point operations, half of which are multiplications."""
+    with FlopCounterMode(display=False) as counter:
+        network(images)
+    flops = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in flops.items() if "bias" not in str(operation)) // 2
 
-    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        if isinstance(module, nn.Linear):
-            total += module.in_features * module.out_features
-        elif isinstance(module, nn.ConvTranspose2d):
-            height, width = inputs[0].shape[2:]
-            total += height * width * module.in_channels * module.out_channels * 9
-        elif isinstance(module, nn.Conv2d):
-            height, width = output.shape[2:]
-            kernel = module.kernel_size[0] * module.kernel_size[1]
-            total += height * width * module.in_channels // module.groups * module.out_channels * kernel
 
-    handles = [module.register_forward_hook(count) for module in network.modules()]
-    network(images)
-    for handle in handles:
-        handle.remove()
-    return total
+def stored_bytes(network: nn.Module) -> int:
+    """Independent of the plan: what safetensors would store, without its header."""
+    tensors = {tensor.data_ptr(): tensor for tensor in network.state_dict().values()}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -179,6 +77,7 @@ def test_counts_equal_those_of_the_really_compact_network(name: str, seed: int) 
     kept = plan.kept_per_layer(keep_mask)
     assert int(plan.parameters(kept)) == parameters(compact)
     assert int(plan.macs(kept)) == counted_macs(compact, EXAMPLE)
+    assert int(plan.cost("bytes", kept)) == stored_bytes(compact)
     logits, classes = compact(EXAMPLE), network(EXAMPLE).shape[1]
     assert logits.shape == (1, classes)
 
@@ -265,13 +164,31 @@ def test_kept_filters_are_counted_per_layer_over_any_leading_axes() -> None:
     assert plan.parameters(plan.kept_per_layer(keep_mask)).shape == (2, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "last"), [("vgg16", "classifier"), ("resnet18 coupled", "classifier"), ("flattened", "6")]
-)
-def test_the_classifier_is_never_pruned(name: str, last: str) -> None:
-    _, plan = made(name)
-    assert "output" in plan.left_out[last]
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_classifier_is_never_pruned(name: str) -> None:
+    network, plan = made(name)
+    last = [path for path, module in network.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)][-1]
+    assert "it is an output" in plan.left_out[last]
     assert all(last not in layer.modules for layer in plan.layers)
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_everything_but_the_classifier_is_pruned_in_a_sound_network(name: str) -> None:
+    network, plan = made(name)
+    assert len(plan.left_out) == 1
+    pruned = {module for layer in plan.layers for module in layer.modules}
+    assert pruned | set(plan.left_out) == {
+        path for path, module in network.named_modules() if module._parameters or module._buffers
+    }
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_what_cannot_be_pruned_safely_is_left_out_with_its_reason(name: str) -> None:
+    _, plan = made(name)
+    _, module, reason = LEFT_OUT[name]
+    assert reason in plan.left_out[module]
+    assert all(module not in layer.modules for layer in plan.layers)
+    assert plan.units > 0  # the rest can still be pruned
 
 
 def test_vgg16_has_one_layer_for_each_convolution() -> None:
@@ -299,7 +216,7 @@ def test_a_flattened_map_belongs_to_its_filter_place_by_place() -> None:
 
 
 def test_a_concatenation_has_an_owner_for_each_place() -> None:
-    _, plan = made("dense")
+    _, plan = made("joined")
     owner = dict(plan.axes("joined_norm.weight"))[0]
     assert owner.tolist() == list(range(12))
 
@@ -313,24 +230,44 @@ def test_a_depthwise_convolution_goes_with_its_input() -> None:
     assert (module.groups, module.in_channels, module.out_channels, module.weight.shape[0]) == (3, 3, 3, 3)
 
 
-@pytest.mark.parametrize(
-    ("name", "module", "reason"),
-    [
-        ("grouped", "1", "grouped convolution (2 groups)"),
-        ("channel multiplier", "0", "1 is a grouped convolution (4 groups)"),
-        ("bare parameter", "first", "bare nn.Parameter"),
-    ],
-)
-def test_what_cannot_be_sliced_is_left_out_with_a_reason(name: str, module: str, reason: str) -> None:
-    _, plan = made(name)
-    assert reason in plan.left_out[module]
-    assert [layer.units for layer in plan.layers] == [7]
+def test_the_groups_of_a_convolution_lose_as_many_channels_each() -> None:
+    network, plan = made("grouped")  # 8 channels read and 12 written, in two groups
+    assert [(layer.name, layer.units) for layer in plan.layers] == [("0", 4), ("3", 6), ("6", 7)]
+    keep_mask = torch.ones(plan.units, dtype=torch.bool)
+    keep_mask[[1, 4 + 0, 4 + 5]] = False  # read channels 1 and 5; written channels 0, 5, 6, 11
+    module = plan.compact(network, keep_mask).get_submodule("3")
+    assert isinstance(module, nn.Conv2d)
+    assert (module.groups, module.in_channels, module.out_channels) == (2, 6, 8)
+    written = [1, 2, 3, 4, 7, 8, 9, 10]
+    assert torch.equal(module.weight, network.get_parameter("3.weight")[written][:, [0, 2, 3]])
 
 
-def test_a_concatenation_with_the_input_is_left_out_because_its_places_are_not_known() -> None:
-    _, plan = made("dense with input")
-    assert [layer.name for layer in plan.layers] == ["third"]
-    assert "come from outside any layer" in plan.left_out["first"]
+def test_convolutions_with_other_groups_share_the_places_common_to_both() -> None:
+    _, plan = made("grouped in a row")  # 12 channels: in two groups of six for one, in three of four for the other
+    assert [layer.units for layer in plan.layers] == [4, 2, 3]
+
+
+def test_shared_weights_stay_shared_and_leave_the_original_alone() -> None:
+    network, plan = made("tied weights")
+    before = copy.deepcopy(network.state_dict())
+    compact = plan.compact(network, random_mask(plan, 0))
+    assert compact.get_parameter("second.weight") is compact.get_parameter("third.weight")
+    assert compact.get_parameter("second.weight") is not network.get_parameter("second.weight")
+    for parameter in compact.parameters():
+        parameter.data.zero_()
+    assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
+
+
+class Unsure(nn.Module):
+    """A network whose forward fails."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        raise ValueError("no images of this size")
+
+
+def test_a_network_that_cannot_run_is_told_with_what_it_said() -> None:
+    with pytest.raises(UserError, match=r"network Unsure: expected a forward .* got ValueError: no images"):
+        ChannelPlan(Unsure(), EXAMPLE)
 
 
 @pytest.mark.parametrize("norm", [nn.GroupNorm(3, 6), nn.GroupNorm(3, 6, affine=False), nn.PReLU(6)])

@@ -7,7 +7,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from env.errors import UserError
-from env.networks import NetworkConfig, build_network, load_weights, resnet18, small, vgg16
+from env.networks import NetworkConfig, build_network, load_weights, resnet18, resnet34, resnet56, small, vgg16
+from env.skips import add_skip_convolutions
 
 
 def parameters(network: nn.Module) -> int:
@@ -18,10 +19,13 @@ def test_sizes_are_those_of_the_literature() -> None:
     # VGG16: 9 * (3*64 + 64*64 + 64*128 + ...) = 14,710,464, batch-norm 2 * 4,224, linear 5,130.
     assert parameters(vgg16()) == 14_710_464 + 8_448 + 5_130
     assert parameters(resnet18()) == 11_173_962
+    assert parameters(resnet34()) == 21_282_122
+    # 855,770 with projections; He et al., table 6, give 0.85 million with padded shortcuts
+    assert parameters(resnet56()) == 853_018 + 16 * 32 + 2 * 32 + 32 * 64 + 2 * 64
     assert 100_000 <= parameters(small()) <= 300_000
 
 
-@pytest.mark.parametrize("make", [vgg16, resnet18])
+@pytest.mark.parametrize("make", [vgg16, resnet18, resnet34, resnet56])
 @pytest.mark.parametrize("size", [8, 32, 45])
 def test_large_networks_take_images_of_any_size(make: Any, size: int) -> None:
     network = make(channels=2, classes=7, width=0.05)
@@ -33,13 +37,24 @@ def test_the_small_network_takes_digits_at_any_width() -> None:
         assert small(width=width)(torch.randn(3, 1, 8, 8)).shape == (3, 10)
 
 
+def test_residual_networks_are_as_deep_as_their_names_say() -> None:
+    for make, depth in ((resnet18, 18), (resnet34, 34), (resnet56, 56)):
+        on_the_way = [m for n, m in make(width=0.1).named_modules() if "shortcut" not in n]
+        assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in on_the_way) == depth
+
+
+def test_skip_convolutions_where_there_are_no_skips_are_refused() -> None:
+    with pytest.raises(UserError, match=r"network\.skips: expected a network with identity skips"):
+        build_network(NetworkConfig(name="vgg16", width=0.1, skips="convolution"), channels=3, classes=4)
+
+
 def test_vgg16_has_13_convolutions_each_with_batch_norm() -> None:
     kinds = [type(module) for module in vgg16(width=0.1).features]
     assert kinds.count(nn.Conv2d) == kinds.count(nn.BatchNorm2d) == kinds.count(nn.ReLU) == 13
     assert kinds.count(nn.MaxPool2d) == 5
 
 
-@pytest.mark.parametrize("make", [vgg16, resnet18, small])
+@pytest.mark.parametrize("make", [vgg16, resnet18, resnet56, small])
 def test_no_activation_works_in_place(make: Any) -> None:
     assert not any(module.inplace for module in make(width=0.1).modules() if isinstance(module, nn.ReLU))
 
@@ -58,7 +73,9 @@ def test_the_seed_alone_decides_the_weights() -> None:
 def test_skip_convolutions_are_added_when_configured() -> None:
     config = NetworkConfig(name="resnet18", width=0.1, skips="convolution")
     built = build_network(config, channels=3, classes=4)
-    assert built.state_dict().keys() == resnet18(width=0.1, skip_convolutions=True).state_dict().keys()
+    with_skips = resnet18(width=0.1)
+    add_skip_convolutions(with_skips)
+    assert built.state_dict().keys() == with_skips.state_dict().keys()
     assert parameters(built) > parameters(resnet18(width=0.1, classes=4))
 
 

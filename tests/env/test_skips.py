@@ -35,7 +35,8 @@ def test_new_convolutions_can_be_trained() -> None:
 
 
 def test_a_second_time_and_a_network_without_skips_add_none() -> None:
-    network = resnet18(width=0.1, skip_convolutions=True)
+    network = resnet18(width=0.1)
+    assert len(add_skip_convolutions(network)) == 5
     assert add_skip_convolutions(network) == []
     assert add_skip_convolutions(vgg16(width=0.1)) == []
 
@@ -45,3 +46,36 @@ def test_a_block_alone_and_another_dtype_are_served() -> None:
     assert add_skip_convolutions(block) == ["shortcut"]
     images = torch.randn(2, 5, 7, 7, dtype=torch.float64)
     assert block(images).dtype == torch.float64
+
+
+class Downsampled(nn.Module):
+    """A block as torchvision writes it: `downsample` is None where the shapes agree."""
+
+    def __init__(self, downsample: nn.Module | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(5, 5, 3, padding=1)
+        self.downsample = downsample
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv1(x)) + (x if self.downsample is None else self.downsample(x))
+
+
+class EmptyShortcut(nn.Module):
+    """A block whose identity is an empty Sequential."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(5, 5, 3, padding=1)
+        self.shortcut = nn.Sequential()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv1(x)) + self.shortcut(x)
+
+
+def test_blocks_as_others_write_them_are_served_and_keep_their_function() -> None:
+    network = nn.Sequential(Downsampled(None), EmptyShortcut(), Downsampled(nn.Conv2d(5, 5, 1)))
+    images = torch.randn(2, 5, 7, 7)
+    before = network(images)
+    assert add_skip_convolutions(network) == ["0.downsample", "1.shortcut"]
+    torch.testing.assert_close(network(images), before)
+    assert add_skip_convolutions(network) == []

@@ -1,71 +1,27 @@
 import copy
 import functools
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from zoo import NETWORKS
 
 from env.channels import ChannelPlan
 from env.data import DataConfig, Dataset, Split, normalise
-from env.networks import resnet18, small, vgg16
 from env.retraining import retrain
 from env.zero_out import ZeroOut, attach_zero_out
 
 torch.set_num_threads(1)
 
 
-class Past(nn.Module):
-    """A convolution that one reader takes through batch-norm and another past it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Conv2d(3, 5, 3, padding=1)
-        self.norm = nn.BatchNorm2d(5)
-        self.through = nn.Conv2d(5, 7, 3, padding=1)
-        self.past = nn.Conv2d(5, 7, 1)
-        self.classifier = nn.Linear(7, 3)
-
-    def forward(self, images: Tensor) -> Tensor:
-        first = self.first(images)
-        both = self.through(torch.relu(self.norm(first))) + self.past(first)
-        return self.classifier(both.mean((2, 3)))  # type: ignore[no-any-return]
-
-
-def bare() -> nn.Sequential:
-    """Without batch-norm; a transposed convolution and a norm without weights in the middle; then flattened."""
-    return nn.Sequential(
-        nn.Conv2d(3, 5, 3, stride=2),
-        nn.ReLU(),
-        nn.ConvTranspose2d(5, 7, 3),
-        nn.BatchNorm2d(7, affine=False),
-        nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(28, 5),
-        nn.ReLU(),
-        nn.Linear(5, 3),
-    )
-
-
-NETWORKS: dict[str, Any] = {
-    "vgg16": lambda: vgg16(classes=3, width=0.06),
-    "resnet18 coupled": lambda: resnet18(classes=3, width=0.06),
-    "resnet18 convolution": lambda: resnet18(classes=3, width=0.06, skip_convolutions=True),
-    "small": lambda: small(channels=3, classes=3, width=0.1),
-    "read past its norm": Past,
-    "bare": bare,
-}
-
-
 @functools.cache
 def dataset() -> Dataset:
-    """Colour images 16x16 whose class is their brightest channel."""
+    """Colour images 8x8 whose class is their brightest channel."""
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(3, (96,), generator=generator)
-    noise = torch.randint(0, 160, (96, 3, 16, 16), generator=generator)
+    noise = torch.randint(0, 160, (96, 3, 8, 8), generator=generator)
     noise[torch.arange(96), labels] += 90
     split = Split(noise.to(torch.uint8), labels)
     return Dataset(
