@@ -128,15 +128,31 @@ def report(folder: FolderArgument) -> None:
 def export(
     folder: FolderArgument,
     compression: Annotated[float | None, typer.Option(help="Only this target; all by default.")] = None,
-    file_format: Annotated[str | None, typer.Option("--format", help="safetensors or onnx; both by default.")] = None,
+    file_format: Annotated[
+        str | None, typer.Option("--format", help="safetensors, onnx or pt2 (torch.export); all by default.")
+    ] = None,
+    repeats: Annotated[
+        int, typer.Option(min=0, help="Timed calls of each network at each batch size; 0 measures nothing.")
+    ] = 50,
 ) -> None:
-    """Write a finished campaign's networks as files, each read back and compared with the network it came from."""
+    """Write a finished campaign's networks as files, each read back and compared with the network it came from.
+
+    Prints the files, and a table of their sizes and latencies beside the original's (also in export/table.json).
+    """
     from deploy.export import FORMATS
     from deploy.export import export as export_networks
+    from deploy.latency import render_table, write_table
 
+    campaign, failures = CampaignFolder.open(folder), list[ZerooutError]()
     formats = [file_format] if file_format else FORMATS
-    for path in export_networks(CampaignFolder.open(folder), compression=compression, formats=formats):
+    paths = export_networks(campaign, compression=compression, formats=formats, warn=failures.append)
+    for path in paths:
         typer.echo(path)
+    table = write_table(campaign, paths, repeats=repeats)
+    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(render_table(table))
+    if failures:
+        users = all(isinstance(failure, UserError) for failure in failures)
+        _leave(2 if users else 1, "\n".join(f"zeroout: {failure}" for failure in failures))
 
 
 @app.command()
