@@ -145,7 +145,8 @@ def _build(kind: type, tree: Mapping[str, Any], path: str) -> Any:
         what = (
             f"{section}.{error.what.partition('.')[2]}" if error.what.startswith("train.") and section else error.what
         )
-        raise UserError(what, expected=error.expected, got=error.got, remedy=error.remedy) from None
+        remedy = error.remedy.replace(error.what, what)
+        raise UserError(what, expected=error.expected, got=error.got, remedy=remedy) from None
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:

@@ -1,6 +1,7 @@
 """The first stage: data and the baseline network. Its product is the folder `baseline/`."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,43 +14,34 @@ from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.compression import unreachable
 from env.data import Dataset, load_dataset, require_batch
+from env.errors import NonFiniteError, UserError
+from env.measure import Measure
 from env.networks import build_network
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
-from env.training import EpochReport, TrainConfig, train
+from env.training import TrainConfig, train
 
-__all__ = ["Baseline", "default_device", "epoch_line", "preflight", "prepare"]
+__all__ = ["Baseline", "default_device", "preflight", "prepare", "train_shown"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The network that episodes start from; `parameters` and `macs` are those of the network as given."""
+    """The network that episodes start from.
+
+    `given` is what the network as given costs, in each of `env.channels.MEASURES`; compression is counted in `measure`.
+    """
 
     form: NetworkForm
     network: nn.Module
-    parameters: int
-    macs: int
+    given: dict[str, int]
+    measure: Measure
     validation: Metrics
 
 
 def default_device() -> str:
     """Where the driver trains: the GPU if this machine has one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def epoch_line(progress: Progress, stage: str) -> "_EpochLine":
-    """A callback for `train` that reports each epoch."""
-    return _EpochLine(progress, stage)
-
-
-@dataclass(frozen=True)
-class _EpochLine:
-    progress: Progress
-    stage: str
-
-    def __call__(self, report: EpochReport) -> None:
-        self.progress.epoch(self.stage, report.epoch, report.epochs, report.train_loss, report.validation.accuracy)
 
 
 def preflight(config: CampaignConfig) -> Dataset:
@@ -59,14 +51,19 @@ def preflight(config: CampaignConfig) -> Dataset:
         UserError: anything wrong with the images, the network, its weights, or a target that cannot be reached.
 
     """
+    if config.baseline.distillation:
+        raise UserError(
+            "baseline.distillation",
+            expected="0, because the baseline is the teacher and has none itself",
+            got=repr(config.baseline.distillation),
+            remedy="leave it out; recovery.distillation learns from the baseline",
+        )
     dataset = load_dataset(config.data)
     for size in (config.baseline.batch_size, config.episode.batch_size, config.recovery.batch_size):
         require_batch(dataset, size)
-    channels = dataset.image_shape[0]
-    given = build_network(replace(config.network, skips="coupled"), channels=channels, classes=len(dataset.classes))
-    pruned = build_network(config.network, channels=channels, classes=len(dataset.classes))
-    parameters = sum(parameter.numel() for parameter in given.parameters())
-    problem = unreachable(ChannelPlan(pruned, torch.zeros(1, *dataset.image_shape)), parameters, config.episode)
+    pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
+    measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
+    problem = unreachable(ChannelPlan(pruned, torch.zeros(1, *dataset.image_shape)), measure, config.episode)
     if problem is not None:
         raise problem
     return dataset
@@ -79,35 +76,47 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, pr
     model, facts = folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
     if not (model.is_file() and facts.is_file()):
         folder.baseline.mkdir(exist_ok=True)
-        _make(config, form, dataset, model, facts, progress)
-    known = read_json(facts)
-    validation = Metrics(**known["validation"])
-    progress.note(f"baseline: {known['parameters']:,} parameters, validation accuracy {validation.accuracy:.4f}")
+        _make(folder, config, form, dataset, model, facts, progress)
+    given = _given(config, dataset)
+    validation = Metrics(**read_json(facts)["validation"])
+    progress.note(f"baseline: {given['parameters']:,} parameters, validation accuracy {validation.accuracy:.4f}")
     return Baseline(
         form=form,
         network=network_from_file(str(model)),
-        parameters=known["parameters"],
-        macs=known["macs"],
+        given=given,
+        measure=Measure(config.episode.measure, given[config.episode.measure]),
         validation=validation,
     )
 
 
+def _given(config: CampaignConfig, dataset: Dataset) -> dict[str, int]:
+    """What the network costs as the user gave it, without skip convolutions, by measure."""
+    plain = replace(config.network, skips="coupled", weights="")
+    network = build_network(plain, channels=dataset.image_shape[0], classes=len(dataset.classes))
+    plan = ChannelPlan(network, torch.zeros(1, *dataset.image_shape))
+    return plan.costs(plan.widths)
+
+
 def _make(
-    config: CampaignConfig, form: NetworkForm, dataset: Dataset, model: Path, facts: Path, progress: Progress
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    form: NetworkForm,
+    dataset: Dataset,
+    model: Path,
+    facts: Path,
+    progress: Progress,
 ) -> None:
     """Train (or load) the network as given, add its skip convolutions if asked, and save both files."""
     plain = replace(form.network, skips="coupled")
     network = build_network(
         plain, channels=form.channels, classes=form.classes, seed=derive_seed(config.seed, "initial weights")
     )
-    given = sum(parameter.numel() for parameter in network.parameters())
-    plan = ChannelPlan(network, torch.zeros(1, *dataset.image_shape))
-    macs = int(plan.macs(plan.widths))
     network.to(default_device())
     there = dataset.to(default_device())
     if not config.network.weights:
-        progress.stage("prepare", f"training the baseline ({given:,} parameters, {len(dataset.train):,} images)")
-        _train(network, there, config, config.baseline, "baseline", model.parent, progress)
+        parameters = sum(parameter.numel() for parameter in network.parameters())
+        progress.stage("prepare", f"training the baseline ({parameters:,} parameters, {len(dataset.train):,} images)")
+        _train(network, there, config, config.baseline, "baseline", folder, progress)
     if form.network.skips == "convolution" and add_skip_convolutions(network):
         progress.stage("prepare", "fine-tuning with skip convolutions")
         short = replace(
@@ -115,10 +124,10 @@ def _make(
             epochs=max(1, config.baseline.epochs // 4),
             learning_rate=config.baseline.learning_rate / 10,
         )
-        _train(network, there, config, short, "skip convolutions", model.parent, progress)
+        _train(network, there, config, short, "skip convolutions", folder, progress)
     validation = evaluate(network, there.validation, dataset.mean, dataset.std, precision=config.baseline.precision)
     write_atomic(model, network_to_bytes(network, form))
-    write_json(facts, {"parameters": given, "macs": macs, "validation": asdict(validation)})
+    write_json(facts, {**_given(config, dataset), "validation": asdict(validation)})
 
 
 def _train(
@@ -127,15 +136,58 @@ def _train(
     config: CampaignConfig,
     training: TrainConfig,
     name: str,
-    folder: Path,
+    folder: CampaignFolder,
     progress: Progress,
 ) -> None:
-    train(
+    train_shown(
         network,
         dataset,
-        config.data,
+        config,
         training,
+        name=name,
+        section="baseline",
         seed=derive_seed(config.seed, name),
-        checkpoint=folder / f"{name.replace(' ', '-')}.pt",
-        on_epoch=epoch_line(progress, name),
+        checkpoint=folder.baseline / f"{name.replace(' ', '-')}.pt",
+        folder=folder,
+        progress=progress,
     )
+
+
+def train_shown(
+    network: nn.Module,
+    dataset: Dataset,
+    config: CampaignConfig,
+    training: TrainConfig,
+    *,
+    name: str,
+    section: str,
+    seed: int,
+    checkpoint: Path,
+    folder: CampaignFolder,
+    progress: Progress,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Train a campaign's network, shown on `progress` as `name`; `section` is where `training` stands in the file.
+
+    Raises:
+        NonFiniteError: as `env.training.train`, and says how the campaign can go on with other settings.
+
+    """
+    try:
+        train(
+            network,
+            dataset,
+            config.data,
+            training,
+            seed=seed,
+            teacher=teacher,
+            section=section,
+            checkpoint=checkpoint,
+            on_epoch=partial(progress.epoch, name),
+            on_batch=partial(progress.batch, name),
+        )
+    except NonFiniteError as error:
+        removal = f", remove {checkpoint}" if checkpoint.is_file() else ""
+        raise NonFiniteError(
+            f"{name}: {error}. To go on: change that in {folder.campaign_toml}{removal}, and zeroout resume {folder.path}"
+        ) from error

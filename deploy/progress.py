@@ -17,6 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from env.training import BatchReport, EpochReport
+
 __all__ = [
     "ActorLine",
     "PlainProgress",
@@ -30,6 +32,7 @@ __all__ = [
 _PLAIN_PERIOD_S = 10.0
 # With nothing finished a line still shows, now and then, that the campaign is alive.
 _PLAIN_HEARTBEAT_S = 60.0
+_PLAIN_BATCH_S = 30.0  # within an epoch of training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +66,11 @@ class Progress(Protocol):
     def stage(self, name: str, detail: str = "") -> None:
         """Begin a stage (prepare, search, recover, export)."""
 
-    def epoch(self, stage: str, epoch: int, epochs: int, loss: float, accuracy: float) -> None:
-        """Report a finished training epoch (1-based) with its mean loss and accuracy (fraction)."""
+    def batch(self, stage: str, report: BatchReport) -> None:
+        """Report a training in the middle of an epoch."""
+
+    def epoch(self, stage: str, report: EpochReport) -> None:
+        """Report a finished training epoch."""
 
     def search(self, snapshot: SearchSnapshot) -> None:
         """Report the search as it stands."""
@@ -101,7 +107,8 @@ class PlainProgress:
     def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         """Print on `console`; `clock` returns seconds and only its differences count."""
         self._console, self._clock = console, clock
-        self._last_line_s = -math.inf
+        self._last_line_s = -math.inf  # of what repeats
+        self._last_sign_s = -math.inf  # of anything
         self._last_done = -1
 
     def stage(self, name: str, detail: str = "") -> None:
@@ -109,10 +116,15 @@ class PlainProgress:
         self._line(f"{name}: {detail}" if detail else name)
         self._last_line_s, self._last_done = -math.inf, -1
 
-    def epoch(self, stage: str, epoch: int, epochs: int, loss: float, accuracy: float) -> None:
+    def batch(self, stage: str, report: BatchReport) -> None:
+        """Print how the epoch goes when nothing was printed for half a minute."""
+        if self._clock() - self._last_sign_s >= _PLAIN_BATCH_S:
+            self._line(f"{stage}: {_batch_text(report)}")
+
+    def epoch(self, stage: str, report: EpochReport) -> None:
         """Print the first and the last epoch, and between them one at most every ten seconds."""
-        if epoch == epochs or self._is_due(_PLAIN_PERIOD_S):
-            self._line(f"{stage}: {_epoch_text(epoch, epochs, loss, accuracy)}")
+        if report.epoch == report.epochs or self._is_due(_PLAIN_PERIOD_S):
+            self._line(f"{stage}: {_epoch_text(report)}")
             self._last_line_s = self._clock()
 
     def search(self, snapshot: SearchSnapshot) -> None:
@@ -136,6 +148,7 @@ class PlainProgress:
     def _line(self, text: str) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         self._console.print(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+        self._last_sign_s = self._clock()
 
 
 class RichProgress:
@@ -153,10 +166,16 @@ class RichProgress:
         self._leave_summary()
         self._console.print(f"[bold cyan]●[/] [bold]{escape(name)}[/] {escape(detail)}", highlight=False)
 
-    def epoch(self, stage: str, epoch: int, epochs: int, loss: float, accuracy: float) -> None:
+    def batch(self, stage: str, report: BatchReport) -> None:
+        """Move the bar within the epoch, above what the last finished epoch said."""
+        done = report.epoch - 1 + report.minibatch / report.minibatches
+        bar = _bar(stage, done, report.epochs, _batch_text(report))
+        self._show(Group(bar, Text(self._summary, style="dim")) if self._summary else bar)
+
+    def epoch(self, stage: str, report: EpochReport) -> None:
         """Move the bar."""
-        self._summary = _epoch_text(epoch, epochs, loss, accuracy)
-        self._show(_bar(stage, epoch, epochs, self._summary))
+        self._summary = _epoch_text(report)
+        self._show(_bar(stage, report.epoch, report.epochs, self._summary))
 
     def search(self, snapshot: SearchSnapshot) -> None:
         """Redraw the search: the bar, the actors, the best so far."""
@@ -186,8 +205,20 @@ class RichProgress:
             self._summary = ""
 
 
-def _epoch_text(epoch: int, epochs: int, loss: float, accuracy: float) -> str:
-    return f"epoch {epoch}/{epochs}, loss {loss:.3f}, accuracy {accuracy:.2%}"
+def _batch_text(report: BatchReport) -> str:
+    return (
+        f"epoch {report.epoch}/{report.epochs} at {report.minibatch / report.minibatches:.0%}, "
+        f"loss {report.train_loss:.3f}, accuracy in training {report.train_accuracy:.2%}, "
+        f"{duration(report.seconds_left)} left"
+    )
+
+
+def _epoch_text(report: EpochReport) -> str:
+    left = f", {duration(report.seconds_left)} left" if report.epoch < report.epochs else ""
+    return (
+        f"epoch {report.epoch}/{report.epochs}, loss {report.train_loss:.3f}, "
+        f"accuracy {report.validation.accuracy:.2%}{left}"
+    )
 
 
 def _search_text(snapshot: SearchSnapshot) -> str:
@@ -204,7 +235,7 @@ def _search_text(snapshot: SearchSnapshot) -> str:
     return "; ".join(parts)
 
 
-def _bar(title: str, done: int, total: int, text: str) -> Table:
+def _bar(title: str, done: float, total: int, text: str) -> Table:
     grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=max(1, total), completed=done, width=30)
     grid.add_row(Text(title, style="bold"), bar, Text(text))

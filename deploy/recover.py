@@ -12,7 +12,7 @@ from torch import nn
 
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
-from deploy.prepare import Baseline, default_device, epoch_line
+from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from deploy.search import candidate_path
 from env.channels import ChannelPlan
@@ -20,7 +20,6 @@ from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset, Split
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
-from env.training import train
 
 __all__ = ["recover", "write_result"]
 
@@ -55,24 +54,27 @@ def _recover_one(
     candidate, model = candidate_path(folder, group, target), _model(folder, group, target)
     model.parent.mkdir(exist_ok=True)
     network = network_from_file(str(candidate)).to(default_device())
-    train(
+    train_shown(
         network,
         dataset,
-        config.data,
+        config,
         config.recovery,
+        name=f"{group} {target:.2%}",
+        section="recovery",
         seed=derive_seed(config.seed, "final recovery", str(target)),  # the same for all groups
+        teacher=baseline.network.to(default_device()) if config.recovery.distillation else None,
         checkpoint=model.with_suffix(".pt"),
-        on_epoch=epoch_line(progress, f"{group} {target:.2%}"),
+        folder=folder,
+        progress=progress,
     )
     validation = _judge(network, dataset, dataset.validation, config)
-    parameters, macs = _size(network, dataset)
+    costs = _costs(network, dataset)
     facts = {
         "target": target,
         "group": group,
         **read_json(candidate.with_suffix(".json")),
-        "compression": 1.0 - parameters / baseline.parameters,
-        "parameters": parameters,
-        "macs": macs,
+        "compression": 1.0 - costs[baseline.measure.name] / baseline.measure.given,
+        **costs,
         "validation": asdict(validation),
     }
     write_atomic(model, network_to_bytes(network, baseline.form))
@@ -83,12 +85,11 @@ def _judge(network: nn.Module, dataset: Dataset, split: Split, config: CampaignC
     return evaluate(network, split, dataset.mean, dataset.std, precision=config.recovery.precision)
 
 
-def _size(network: nn.Module, dataset: Dataset) -> tuple[int, int]:
-    """Parameters and MACs, counted on the compact network itself."""
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+def _costs(network: nn.Module, dataset: Dataset) -> dict[str, int]:
+    """Parameters, MACs and bytes, counted on the compact network itself."""
     example = torch.zeros(1, *dataset.image_shape, device=next(network.parameters()).device)
     plan = ChannelPlan(network, example)
-    return parameters, int(plan.macs(plan.widths))
+    return plan.costs(plan.widths)
 
 
 def write_result(
@@ -114,9 +115,9 @@ def write_result(
         "baseline": {
             "val_accuracy": baseline.validation.accuracy,
             "test_accuracy": _judge(baseline.network.to(default_device()), there, there.test, config).accuracy,
-            "parameters": baseline.parameters,
-            "macs": baseline.macs,
+            **baseline.given,
         },
+        "measure": baseline.measure.name,
         "points": chosen,
         "comparison": list(tested.values()),
         "episodes": len(records),
@@ -142,6 +143,7 @@ def _point(
         "compression": facts["compression"],
         "parameters": facts["parameters"],
         "macs": facts["macs"],
+        "bytes": facts["bytes"],
         "val_accuracy": facts["validation"]["accuracy"],
         "test_accuracy": _judge(network, dataset, dataset.test, config).accuracy,
         "model": str(model.relative_to(folder.path)),

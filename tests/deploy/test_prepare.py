@@ -1,5 +1,8 @@
 """The baseline: trained or loaded once, counted as the user gave it."""
 
+import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +10,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
+from deploy import cli
 from deploy.config import CampaignConfig, dump, parse
 from deploy.folder import CampaignFolder
 from deploy.prepare import Baseline, preflight, prepare
@@ -24,6 +28,14 @@ validation_share = 0.2
 epochs = 1
 batch_size = 64
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def prepared(tmp_path: Path, text: str, *overrides: str) -> tuple[CampaignConfig, Baseline]:
@@ -69,3 +81,72 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_a_target_beyond_reach_is_refused_with_the_most_that_can_go() -> None:
     with pytest.raises(UserError, match=r"at most 0\.\d{4}, which is what min_width = 3 leaves"):
         preflight(parse(TINY, ["episode.targets=[0.999]", "episode.min_width=3"]))
+
+
+def test_a_baseline_has_no_teacher() -> None:
+    with pytest.raises(
+        UserError, match=r"baseline\.distillation: .*has none itself, got 0\.5; .*recovery\.distillation"
+    ):
+        preflight(parse(TINY, ["baseline.distillation=0.5"]))
+
+
+def zeroout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run the command in this process: its exit code, and its one line of error."""
+    monkeypatch.setattr(sys, "argv", ["zeroout", *map(str, arguments)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert isinstance(ended.value.code, int)
+    return ended.value.code, lines[0]
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    ["baseline.learning_rate=nan", "recovery.learning_rate=inf", "recovery.momentum=nan", "baseline.momentum=1e9"],
+)
+def test_an_impossible_rate_is_one_line_in_the_users_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mistake: str
+) -> None:
+    key = mistake.partition("=")[0]
+    code, line = zeroout(monkeypatch, capfd, "run", "--out", tmp_path / "out", "--set", mistake)
+    assert code == 2
+    assert line.startswith(f"zeroout: {key}: expected a ")
+    assert f"; set {key}, for instance to its default" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out, given = tmp_path / "out", tmp_path / "given.toml"
+    # decayed by several times their size in each update, the weights overflow once the rate has risen
+    absurd = "epochs = 8\nlearning_rate = 10.0\nwarmup_share = 0.9\nweight_decay = 1.0"
+    given.write_text(TINY.replace("epochs = 1", absurd))
+    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out)
+    checkpoint = out / "baseline" / "baseline.pt"
+    assert code == 1
+    assert re.search(r"not finite in epoch [2-8] at learning rate \d", line)
+    assert "try a lower baseline.learning_rate" in line
+    assert f"change that in {out / 'campaign.toml'}, remove {checkpoint}, and zeroout resume {out}" in line
+    assert torch.load(checkpoint, weights_only=True)["epoch"] >= 1
+
+    changed = ("baseline.learning_rate=0.1", "baseline.weight_decay=0.0")
+    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out, "--set", changed[0], "--set", changed[1])
+    assert code == 2
+    assert "holds another campaign; baseline.learning_rate" in line
+    assert "another --out" in line
+
+    config = parse(given.read_text(), changed)
+    (out / "campaign.toml").write_text(dump(config))
+    code, line = zeroout(monkeypatch, capfd, "resume", out)
+    assert code == 2
+    assert f"checkpoint {checkpoint}: expected this training, with baseline.learning_rate 0.1, got 10.0" in line
+    assert "remove that file to train anew" in line
+
+    checkpoint.unlink()
+    with (tmp_path / "log").open("w") as log:
+        folder = CampaignFolder.open(out)
+        baseline = prepare(folder, config, preflight(config), PlainProgress(Console(file=log)))
+    assert baseline.validation.accuracy > 0.5

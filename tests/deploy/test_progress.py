@@ -15,6 +15,8 @@ from deploy.progress import (
     duration,
     make_progress,
 )
+from env.retraining import Metrics
+from env.training import BatchReport, EpochReport
 
 SNAPSHOT = SearchSnapshot(
     done=3,
@@ -29,6 +31,28 @@ SNAPSHOT = SearchSnapshot(
     best=[(0.9, "taylor", 1.234, 0.5678)],
     seconds_elapsed=125.0,
     seconds_left=None,
+)
+
+EPOCH = EpochReport(
+    epoch=1,
+    epochs=30,
+    train_loss=1.25,
+    train_accuracy=0.4,
+    validation=Metrics(accuracy=0.5, cross_entropy=1.5),
+    learning_rate=0.1,
+    seconds=100.0,
+    images_per_s=500.0,
+    seconds_left=2900.0,
+)
+BATCH = BatchReport(
+    epoch=2,
+    epochs=30,
+    minibatch=90,
+    minibatches=200,
+    train_loss=0.875,
+    train_accuracy=0.625,
+    learning_rate=0.1,
+    seconds_left=2855.0,
 )
 
 
@@ -77,10 +101,53 @@ def test_epochs_print_first_last_and_every_ten_seconds(screen: io.StringIO) -> N
     progress.stage("prepare")
     for epoch in range(1, 31):
         clock.now_s += 1.0
-        progress.epoch("prepare", epoch, 30, 1.25, 0.5)
+        progress.epoch("prepare", replace(EPOCH, epoch=epoch))
     shown = [int(re.search(r"epoch (\d+)/30", line).group(1)) for line in lines(screen)[1:]]  # type: ignore[union-attr]
     assert shown == [1, 11, 21, 30]
-    assert lines(screen)[1].endswith("prepare: epoch 1/30, loss 1.250, accuracy 50.00%")
+    assert lines(screen)[1].endswith("prepare: epoch 1/30, loss 1.250, accuracy 50.00%, 48 min left")
+    assert lines(screen)[-1].endswith("prepare: epoch 30/30, loss 1.250, accuracy 50.00%")
+
+
+def test_a_long_epoch_prints_a_line_after_half_a_minute_of_silence(screen: io.StringIO) -> None:
+    clock = Clock()
+    progress = PlainProgress(plain_console(screen), clock)
+    progress.stage("prepare")
+    for second in range(1, 101):
+        clock.now_s += 1.0
+        progress.batch("baseline", replace(BATCH, epoch=1, minibatch=second))
+    progress.epoch("baseline", EPOCH)
+    clock.now_s += 29.0
+    progress.batch("baseline", BATCH)
+    shown = [line.partition("baseline: ")[2] for line in lines(screen)[1:]]
+    assert shown == [
+        *(f"epoch 1/30 at {at}%, loss 0.875, accuracy in training 62.50%, 48 min left" for at in (15, 30, 45)),
+        "epoch 1/30, loss 1.250, accuracy 50.00%, 48 min left",
+    ]
+
+
+def test_short_epochs_are_not_hidden_by_lines_of_their_middle(screen: io.StringIO) -> None:
+    clock = Clock()
+    progress = PlainProgress(plain_console(screen), clock)
+    progress.stage("prepare")
+    for epoch in range(1, 31):
+        clock.now_s += 2.0
+        progress.batch("prepare", replace(BATCH, epoch=epoch))
+        progress.epoch("prepare", replace(EPOCH, epoch=epoch))
+    assert all("in training" not in line for line in lines(screen))
+    assert len(lines(screen)) == 1 + 6 + 1
+
+
+def test_a_live_line_moves_within_an_epoch_above_the_last_finished_one(screen: io.StringIO) -> None:
+    progress = RichProgress(Console(file=screen, force_terminal=True, width=150, height=40))
+    progress.stage("prepare", "vgg16")
+    progress.epoch("baseline", EPOCH)
+    before = len(screen.getvalue())
+    progress.batch("baseline", BATCH)
+    progress.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue()[before:])
+    live, finished = "epoch 2/30 at 45%, loss 0.875, accuracy in training 62.50%, 48 min left", "epoch 1/30, loss 1.250"
+    assert 0 < text.index(live) < text.index(finished)
+    assert text.rstrip().splitlines()[-1].strip() == f"{finished}, accuracy 50.00%, 48 min left"
 
 
 def test_the_search_prints_at_most_every_ten_seconds_and_its_end_at_once(screen: io.StringIO) -> None:
@@ -120,7 +187,7 @@ def test_the_search_line_says_everything(screen: io.StringIO) -> None:
 def test_the_panel_shows_actors_learner_and_best_and_leaves_a_summary(screen: io.StringIO) -> None:
     progress = RichProgress(terminal(screen))
     progress.stage("prepare", "vgg16")
-    progress.epoch("prepare", 1, 8, 1.25, 0.5)
+    progress.epoch("prepare", replace(EPOCH, epochs=8))
     progress.stage("search", "40 episodes")
     progress.search(replace(SNAPSHOT, learner_loss=None))
     progress.search(SNAPSHOT)
