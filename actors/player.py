@@ -26,6 +26,7 @@ from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
 from env.compression import CompressionEnv, EpisodeConfig, TargetReached
 from env.data import DataConfig, Dataset
+from env.measure import Measure
 from env.recognizer import Recognizer
 from env.seeds import derive_seed
 from learner.learner import LearnerConfig
@@ -48,7 +49,7 @@ class Brief:
     form: NetworkForm
     baseline: bytes  # the uncompressed network, as env.compact_file writes it
     image_shape: tuple[int, int, int]
-    given_parameters: int
+    measure: Measure
     data: DataConfig
     episode: EpisodeConfig
     controller: ControllerConfig
@@ -65,7 +66,7 @@ class Brief:
         """The waypoints of every episode."""
         return Ladder(
             plan,
-            given_parameters=self.given_parameters,
+            measure=self.measure,
             targets=self.episode.targets,
             waypoints=self.episode.waypoints,
             min_width=self.episode.min_width,
@@ -111,7 +112,7 @@ class Player:
             brief.network(),
             dataset,
             brief.data,
-            given_parameters=brief.given_parameters,
+            measure=brief.measure,
             precision=brief.episode.precision,
             device=device,
         )

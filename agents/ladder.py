@@ -1,9 +1,10 @@
 """The ladder of waypoints: how a ranking of filters becomes an action.
 
-An episode climbs a fixed number of equal shares of the parameters. In each step the action is the shortest prefix
-of the policy's ranking that reaches the next waypoint, counted exactly, `min_width` kept. So every policy gets the
-same retraining, and none can buy more of it by pruning cheap filters. Used by the rollout for one state and by the
-learner's double-Q for a batch of them.
+An episode climbs a fixed number of equal shares of the network. In each step the action is the shortest prefix of the
+policy's ranking that reaches the next waypoint, counted exactly, `min_width` kept. So every policy gets the same
+retraining, and none can buy more of it by pruning cheap filters. Where the prefix's last filter is so large that it
+goes past the waypoint by more than `TOLERANCE`, smaller ones are looked for in its place. Used by the rollout for one
+state and by the learner's double-Q for a batch of them.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,14 @@ import torch
 from torch import Tensor
 
 from env.channels import ChannelPlan
+from env.measure import Measure
 
-__all__ = ["Ladder"]
+__all__ = ["TOLERANCE", "Ladder"]
+
+#: How far an action may go past its waypoint, as a share of the network as given, if any filters allow it.
+TOLERANCE = 0.002
+#: How many smaller filters may stand in for a prefix's last one: more would be another ranking.
+_STAND_INS = 8
 
 
 class Ladder:
@@ -21,7 +28,7 @@ class Ladder:
 
     Args:
         plan: the network's units.
-        given_parameters: parameters that compression is counted against.
+        measure: what compression is counted in.
         targets: rising compressions; each of them is a waypoint.
         waypoints: how many steps an episode has; at least as many as targets.
         min_width: filters that every layer keeps.
@@ -35,12 +42,12 @@ class Ladder:
         self,
         plan: ChannelPlan,
         *,
-        given_parameters: int,
+        measure: Measure,
         targets: Sequence[float],
         waypoints: int,
         min_width: int,
     ) -> None:
-        self.plan, self.given_parameters = plan, given_parameters
+        self.plan, self.measure = plan, measure
         self.goals = _goals(targets, waypoints)
         self.least = torch.minimum(plan.widths, torch.tensor(min_width))
 
@@ -49,7 +56,7 @@ class Ladder:
         return len(self.goals)
 
     def cut(self, scores: Tensor, alive: Tensor, step: Tensor) -> Tensor:
-        """The shortest prefix of the ranking that reaches the step's waypoint.
+        """The shortest prefix of the ranking that reaches the step's waypoint, its end mended to land there.
 
         Args:
             scores: float [N, F]; the highest goes first.
@@ -71,12 +78,43 @@ class Ladder:
             reached = self.compression(left) >= goal
             high = torch.where(reached, middle, high)
             low = torch.where(reached, low, torch.minimum(middle + 1, high))
-        return removable & (position < high[:, None])
+        prefix = removable & (position < high[:, None])
+        far = self.compression(alive & ~prefix) > goal + TOLERANCE
+        if not bool(far.any()):
+            return prefix
+        shorter = removable & (position < (high - 1)[:, None])
+        landed, mended = self._mend(shorter, removable, position, alive, goal)
+        return torch.where((far & landed)[:, None], mended, prefix)
+
+    def _mend(
+        self, chosen: Tensor, removable: Tensor, position: Tensor, alive: Tensor, goal: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Add a few filters to actions that fall short, so that they land: (bool [N], whether; bool [N, F], actions).
+
+        Each time the highest-ranked filter that lands, else the one that comes nearest without going past.
+        """
+        units, layers = alive.shape[-1], len(self.plan.layers)
+        layer = self.plan.layer_of.to(alive.device).expand(alive.shape)
+        one = torch.eye(layers, dtype=torch.int64, device=alive.device)
+        landed = torch.zeros_like(goal, dtype=torch.bool)
+        for _ in range(_STAND_INS):
+            first = torch.full((len(goal), layers), units, device=alive.device)  # place of each layer's next filter
+            first.scatter_reduce_(1, layer, torch.where(removable & ~chosen, position, units), "amin")
+            kept = self.plan.kept_per_layer(alive & ~chosen)
+            past = self.measure.compression(self.plan, (kept[:, None] - one).clamp(min=0)) - goal[:, None]
+            lands = (past >= 0) & (past <= TOLERANCE)
+            worth = torch.where(lands, 1.0 + units - first, torch.where(past < 0, past, -torch.inf))
+            best, which = torch.where(first < units, worth, -torch.inf).max(dim=1)
+            take = ~landed & (best > -torch.inf)
+            chosen = chosen | (take[:, None] & (position == first.gather(1, which[:, None])))
+            landed = landed | (take & (best > 0))
+            if not bool((take & ~landed).any()):
+                break
+        return landed, chosen
 
     def compression(self, keep_mask: Tensor) -> Tensor:
-        """1 - parameters of the compact network / parameters as given: bool [..., F] -> float64 [...]."""
-        parameters = self.plan.parameters(self.plan.kept_per_layer(keep_mask))
-        return 1.0 - parameters.to(torch.float64) / self.given_parameters
+        """The share that a mask removes: bool [..., F] -> float64 [...]."""
+        return self.measure.compression(self.plan, self.plan.kept_per_layer(keep_mask))
 
     def _spare(self, alive: Tensor) -> Tensor:
         """Filters that may still go from the layer of each filter: int64 [N, F]."""

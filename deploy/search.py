@@ -107,7 +107,7 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         form=baseline.form,
         baseline=network_to_bytes(baseline.network, baseline.form),
         image_shape=dataset.image_shape,
-        given_parameters=baseline.parameters,
+        measure=baseline.measure,
         data=config.data,
         episode=config.episode,
         controller=config.controller,

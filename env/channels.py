@@ -128,6 +128,10 @@ class ChannelPlan:
         """
         return self._costs[measure](kept)
 
+    def costs(self, kept: Tensor) -> dict[str, int]:
+        """All of `MEASURES` for one state, int64 [L] units kept."""
+        return {measure: int(self.cost(measure, kept)) for measure in MEASURES}
+
     def compact(self, network: nn.Module, keep_mask: Tensor, have: Tensor | None = None) -> nn.Module:
         """Return a copy of `network` in which the units outside `keep_mask` are really gone.
 

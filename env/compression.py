@@ -22,10 +22,11 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from env.channels import ChannelPlan
+from env.channels import MEASURES, ChannelPlan
 from env.data import DataConfig, load_dataset
 from env.errors import NonFiniteError, UserError
 from env.importance import FEATURES, LIMIT
+from env.measure import Measure
 from env.networks import NetworkConfig, build_network
 from env.recognizer import Body, Recognizer, Retraining
 from env.retraining import Metrics
@@ -41,8 +42,9 @@ _REWARDS = ("terminal", "accuracy", "difference")
 class EpisodeConfig:
     """One episode: from the full network to the highest target."""
 
-    targets: tuple[float, ...] = (0.9,)  # shares of the parameters to remove, rising
-    waypoints: int = 16  # equal shares of the parameters up to the last target, one a step
+    targets: tuple[float, ...] = (0.9,)  # shares to remove, rising
+    measure: str = "parameters"  # what they are shares of: "parameters", "macs" or "bytes" (as stored)
+    waypoints: int = 16  # equal shares up to the last target, one a step
     min_width: int = 2  # filters that every layer keeps
     reward: str = "terminal"  # "terminal" | "accuracy" (the source's) | "difference"
     batch_size: int = 64
@@ -74,10 +76,14 @@ class EpisodeConfig:
             if not 0.0 < target < 1.0:
                 raise UserError(
                     "episode.targets",
-                    expected="shares of the parameters inside (0, 1)",
+                    expected="shares inside (0, 1)",
                     got=repr(target),
-                    remedy="0.9 removes 90 % of the parameters",
+                    remedy="0.9 removes 90 %",
                 )
+        if self.measure not in MEASURES:
+            raise UserError(
+                "episode.measure", expected=" | ".join(MEASURES), got=repr(self.measure), remedy="choose one of them"
+            )
         if self.waypoints < len(self.targets):
             raise UserError(
                 "episode.waypoints",
@@ -193,7 +199,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             parts["features"] = spaces.Box(-LIMIT, LIMIT, (units, len(FEATURES)), np.float32)
         self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.MultiBinary(units)
-        problem = unreachable(self.plan, recognizer.given_parameters, self.config)
+        problem = unreachable(self.plan, recognizer.measure, self.config)
         if problem is not None:
             raise problem
         everything = recognizer.dataset.validation
@@ -352,13 +358,13 @@ def _default_recognizer() -> Recognizer:
     network = build_network(NetworkConfig(name="small", width=0.5), channels=1, classes=len(dataset.classes))
     train(network, dataset, data_config, TrainConfig(epochs=4, batch_size=64), seed=0)
     given = sum(parameter.numel() for parameter in network.parameters())
-    return Recognizer(network, dataset, data_config, given_parameters=given)
+    return Recognizer(network, dataset, data_config, measure=Measure("parameters", given))
 
 
-def unreachable(plan: ChannelPlan, given_parameters: int, config: EpisodeConfig) -> UserError | None:
+def unreachable(plan: ChannelPlan, measure: Measure, config: EpisodeConfig) -> UserError | None:
     """The error to raise when the highest target asks for more than `min_width` lets go, else None."""
     least = torch.minimum(plan.widths, torch.tensor(config.min_width))
-    most = 1.0 - int(plan.parameters(least)) / given_parameters
+    most = float(measure.compression(plan, least))
     if config.targets[-1] <= most:
         return None
     return UserError(

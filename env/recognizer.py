@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from env.channels import ChannelPlan
 from env.data import DataConfig, Dataset, Split, normalise
 from env.importance import log_scores
+from env.measure import Measure
 from env.retraining import Metrics, evaluate, retrain
 from env.seeds import derive_seed
 
@@ -50,7 +51,7 @@ class Recognizer:
         network: the trained baseline, with skip convolutions already in where they are wanted.
         dataset: images and labels; every decision uses its validation split.
         data_config: how training images are augmented.
-        given_parameters: parameters of the network as the user gave it; compression is counted against these.
+        measure: what compression is counted in, against the network as the user gave it.
         precision: "float32" or "bfloat16", the arithmetic of retraining and evaluation.
         device: where the network and the images live.
 
@@ -62,14 +63,14 @@ class Recognizer:
         dataset: Dataset,
         data_config: DataConfig,
         *,
-        given_parameters: int,
+        measure: Measure,
         precision: str = "float32",
         device: str = "cpu",
     ) -> None:
         self.network = network.to(device)
         self.dataset = dataset.to(torch.device(device))
         self.data_config = data_config
-        self.given_parameters = given_parameters
+        self.measure = measure
         self.precision = precision
         self.device = torch.device(device)
         example = torch.zeros(1, *dataset.image_shape, device=self.device)
@@ -84,9 +85,8 @@ class Recognizer:
         return Body(self.plan.compact(body.network, keep_mask, have=body.keep_mask), keep_mask)
 
     def compression(self, keep_mask: Tensor) -> float:
-        """1 - parameters of the compact network / parameters of the network as given."""
-        kept = self.plan.kept_per_layer(keep_mask)
-        return 1.0 - int(self.plan.parameters(kept)) / self.given_parameters
+        """The share that `keep_mask` (bool [F]) removes of the network as given, in the measure."""
+        return float(self.measure.compression(self.plan, self.plan.kept_per_layer(keep_mask)))
 
     def retrain(self, body: Body, config: Retraining, *, seed: int) -> float:
         """Retrain in place; the seed alone decides images and augmentation. Returns the mean loss in nats."""

@@ -20,6 +20,7 @@ from agents.cross_entropy import next_offsets
 from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
 from env.compression import EpisodeConfig
 from env.data import DataConfig, Dataset, load_dataset
+from env.measure import Measure
 from env.networks import NetworkConfig
 from env.retraining import Metrics
 from learner.learner import LearnerConfig
@@ -54,7 +55,7 @@ def brief(redis_url: str, prefix: str) -> Brief:
         form=form,
         baseline=network_to_bytes(network, form),
         image_shape=(1, 8, 8),
-        given_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        measure=Measure("parameters", sum(parameter.numel() for parameter in network.parameters())),
         data=DATA,
         episode=EpisodeConfig(
             targets=(0.5, 0.8),
@@ -138,7 +139,7 @@ def test_a_records_targets_say_which_filters_are_kept_and_what_that_costs(
         bits = np.frombuffer(base64.b64decode(point["keep_bits"]), np.uint8)
         kept = player.plan.kept_per_layer(torch.from_numpy(np.unpackbits(bits, count=player.plan.units)).bool())
         assert int(player.plan.parameters(kept)) == point["parameters"]
-        assert point["compression"] == pytest.approx(1 - point["parameters"] / brief.given_parameters)
+        assert point["compression"] == pytest.approx(1 - point["parameters"] / brief.measure.given)
         best = ledger.best(f"search/{point['target']}")
         assert best is not None
         assert best.score == pytest.approx(-point["cross_entropy"])

@@ -13,6 +13,7 @@ from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, Policy, Shadowed, heuristic, observe
 from env.compression import CompressionEnv, EpisodeConfig
 from env.data import DataConfig, load_dataset
+from env.measure import Measure
 from env.networks import small
 from env.recognizer import Recognizer
 
@@ -37,14 +38,14 @@ def recognizer() -> Recognizer:
         torch.manual_seed(0)
         network = small(width=0.25)
     given = sum(parameter.numel() for parameter in network.parameters())
-    return Recognizer(network, load_dataset(data), data, given_parameters=given)
+    return Recognizer(network, load_dataset(data), data, measure=Measure("parameters", given))
 
 
 def made(config: EpisodeConfig = EPISODE, *, features: bool = True) -> tuple[CompressionEnv, Ladder]:
     env = CompressionEnv(recognizer(), config, features=features, seed=3)
     steps = Ladder(
         env.plan,
-        given_parameters=recognizer().given_parameters,
+        measure=recognizer().measure,
         targets=config.targets,
         waypoints=config.waypoints,
         min_width=config.min_width,
@@ -133,7 +134,7 @@ def test_every_target_is_reached_once_with_a_network_as_small_as_it_says() -> No
     for point in result.reached:
         assert point.compression >= point.target
         assert sum(p.numel() for p in point.body.network.parameters()) == point.parameters
-        assert point.compression == pytest.approx(1 - point.parameters / recognizer().given_parameters)
+        assert point.compression == pytest.approx(1 - point.parameters / recognizer().measure.given)
     assert np.array_equal(result.reached[-1].body.keep_mask.numpy(), result.trace.keep_mask[-1])
 
 

@@ -1,11 +1,16 @@
+import functools
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from agents.ladder import Ladder
+from agents.ladder import TOLERANCE, Ladder
 from env.channels import ChannelPlan
+from env.measure import Measure
+from env.networks import resnet18, small, vgg16
 
 torch.set_num_threads(1)
 MADE: dict[tuple[int, ...], ChannelPlan] = {}
@@ -26,7 +31,8 @@ def ladder_of(
     plan: ChannelPlan, *targets: float, waypoints: int = 5, min_width: int = 2, given: int | None = None
 ) -> Ladder:
     full = int(plan.parameters(plan.widths))
-    return Ladder(plan, given_parameters=given or full, targets=targets, waypoints=waypoints, min_width=min_width)
+    measure = Measure("parameters", given or full)
+    return Ladder(plan, measure=measure, targets=targets, waypoints=waypoints, min_width=min_width)
 
 
 def greedy(ladder: Ladder, scores: Tensor, alive: Tensor, step: int) -> list[int]:
@@ -41,7 +47,33 @@ def greedy(ladder: Ladder, scores: Tensor, alive: Tensor, step: int) -> list[int
             continue
         left[unit] = False
         chosen.append(unit)
-    return chosen
+    if not chosen or float(ladder.compression(left)) <= goal + TOLERANCE:
+        return chosen
+    return stand_ins(ladder, scores, alive, chosen[:-1], goal) or chosen
+
+
+def stand_ins(ladder: Ladder, scores: Tensor, alive: Tensor, chosen: list[int], goal: float) -> list[int] | None:
+    """The action that lands within the tolerance after at most eight smaller filters, or None."""
+    plan = ladder.plan
+    for _ in range(8):
+        left = alive.clone()
+        left[chosen] = False
+        nearest: tuple[float, int] | None = None
+        for unit in sorted(left.nonzero().flatten().tolist(), key=lambda unit: (-float(scores[unit]), unit)):
+            layer = int(plan.layer_of[unit])
+            if int(plan.kept_per_layer(left)[layer]) <= int(ladder.least[layer]):
+                continue
+            without = left.clone()
+            without[unit] = False
+            past = float(ladder.compression(without)) - goal
+            if 0 <= past <= TOLERANCE:
+                return [*chosen, unit]
+            if past < 0 and (nearest is None or past > nearest[0]):
+                nearest = past, unit
+        if nearest is None:
+            return None
+        chosen = [*chosen, nearest[1]]
+    return None
 
 
 @settings(max_examples=40, deadline=None)
@@ -111,6 +143,26 @@ def test_dead_filters_are_never_chosen_even_with_the_highest_scores() -> None:
     assert not action[0, [2, 8]].any()
 
 
+@pytest.mark.parametrize("measure", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("make", [lambda: vgg16(width=0.25), lambda: resnet18(width=0.25), lambda: small(channels=3)])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.75, 0.9, 0.95])
+def test_real_networks_land_within_the_tolerance(make: Callable[[], nn.Module], measure: str, target: float) -> None:
+    plan = real(make)
+    given = int(plan.cost(measure, plan.widths))
+    ladder = Ladder(plan, measure=Measure(measure, given), targets=(target,), waypoints=1, min_width=2)
+    scores = torch.randn(4, plan.units, generator=torch.Generator().manual_seed(1))
+    cut = ladder.cut(scores, torch.ones(4, plan.units, dtype=torch.bool), torch.zeros(4, dtype=torch.int64))
+    for row in cut:
+        kept = plan.kept_per_layer(~row)
+        assert 0 <= 1 - int(plan.cost(measure, kept)) / given - target <= TOLERANCE
+        assert bool((kept >= 2).all())
+
+
+@functools.cache
+def real(make: Callable[[], nn.Module]) -> ChannelPlan:
+    return ChannelPlan(make(), torch.zeros(1, 3, 16, 16))
+
+
 def test_ties_go_by_index() -> None:
     ladder = ladder_of(plan_of(5, 7, 3), 0.3, waypoints=1, min_width=1)
     action = ladder.cut(torch.zeros(1, 15), torch.ones(1, 15, dtype=torch.bool), torch.tensor([0]))
@@ -127,7 +179,7 @@ def test_compression_by_hand() -> None:
     keep_mask[1, [0, 4, 5, 14]] = False  # leaves 3, 6, 2
     left = 54 + 6 + 162 + 12 + 108 + 4 + 6 + 3
     ladder = ladder_of(plan, 0.5)
-    assert ladder.given_parameters == full
+    assert ladder.measure.given == full
     assert ladder.compression(keep_mask).tolist() == [0.0, pytest.approx(1 - left / full)]
     assert float(ladder_of(plan, 0.5, given=500).compression(keep_mask)[0]) == pytest.approx(1 - full / 500)
 

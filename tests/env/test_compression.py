@@ -11,6 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from env.compression import CompressionEnv, EpisodeConfig, make_compression, unreachable
 from env.data import DataConfig, load_dataset
 from env.errors import UserError
+from env.measure import Measure
 from env.networks import small
 from env.recognizer import Recognizer
 from env.retraining import retrain
@@ -35,7 +36,7 @@ def recognizer() -> Recognizer:
     network = small(width=0.1)
     retrain(network, dataset, DataConfig(), minibatches=60, batch_size=64, learning_rate=0.1, seed=1, decay=True)
     given = sum(parameter.numel() for parameter in network.parameters())
-    return Recognizer(network, dataset, DataConfig(), given_parameters=given)
+    return Recognizer(network, dataset, DataConfig(), measure=Measure("parameters", given))
 
 
 def made(*, features: bool = True, seed: int = 5, **changes: Any) -> CompressionEnv:
@@ -110,7 +111,7 @@ def test_a_target_reached_is_reported_with_the_counts_of_its_compact_network() -
     for point in info["reached"]:
         count = sum(parameter.numel() for parameter in point.body.network.parameters())
         assert point.parameters == count
-        assert point.compression == pytest.approx(1 - count / recognizer().given_parameters)
+        assert point.compression == pytest.approx(1 - count / recognizer().measure.given)
         assert observation["compression"][0] == pytest.approx(point.compression)
         assert point.body.keep_mask.tolist() == (action == 0).tolist()
         assert 0 < point.macs < int(env.plan.macs(env.plan.widths))
@@ -288,12 +289,12 @@ def test_each_target_needs_a_waypoint() -> None:
 def test_a_target_that_min_width_forbids_is_a_user_error_with_the_most_there_is() -> None:
     config = EpisodeConfig(**{**TINY, "targets": (0.99,)}, min_width=3)
     plan = recognizer().plan
-    most = 1 - int(plan.parameters(torch.full((6,), 3))) / recognizer().given_parameters
+    most = 1 - int(plan.parameters(torch.full((6,), 3))) / recognizer().measure.given
     with pytest.raises(UserError, match=rf"^episode\.targets: expected at most {most:.4f}.*got 0\.99") as caught:
         CompressionEnv(recognizer(), config)
     assert "min_width = 3" in str(caught.value)
     within = EpisodeConfig(targets=(most - 1e-6,), min_width=3)
-    assert unreachable(plan, recognizer().given_parameters, within) is None
+    assert unreachable(plan, recognizer().measure, within) is None
 
 
 def test_gymnasium_makes_it_with_a_recognizer_of_ours() -> None:

@@ -14,6 +14,7 @@ from agents.controller import Controller, ControllerConfig, Judgement, Observati
 from agents.ladder import Ladder
 from env.channels import ChannelPlan
 from env.errors import NonFiniteError, UserError
+from env.measure import Measure
 from env.networks import small
 from learner import checkpoint
 from learner.learner import Learner, LearnerConfig
@@ -65,7 +66,7 @@ def plan() -> ChannelPlan:
 @functools.cache
 def ladder() -> Ladder:
     given = int(plan().parameters(plan().widths))
-    return Ladder(plan(), given_parameters=given, targets=(0.8,), waypoints=9, min_width=1)
+    return Ladder(plan(), measure=Measure("parameters", given), targets=(0.8,), waypoints=9, min_width=1)
 
 
 def controller(seed: int = 0, observation: str = "features") -> Controller:
@@ -244,7 +245,7 @@ def test_the_set_is_chosen_by_the_online_network_and_valued_by_the_target_networ
     )
     four = ChannelPlan(network, torch.zeros(1, 1, 8, 8))
     assert four.units == 4
-    steps = Ladder(four, given_parameters=46, targets=(0.45,), waypoints=2, min_width=1)
+    steps = Ladder(four, measure=Measure("parameters", 46), targets=(0.45,), waypoints=2, min_width=1)
     config = SequenceConfig(burn_in=0, unroll_length=2, sequence_period=2)
     settings = LearnerConfig(n_step=1, discount=0.5, priority_eta=0.75)
     judge = Controller(ControllerConfig(hidden_size=HIDDEN, advantage_scale=0.1), four)
