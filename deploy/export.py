@@ -90,7 +90,7 @@ def export(
         model = _model(folder, point)
         form, network = form_of_file(str(model)), network_from_file(str(model))
         description = _describe(folder, config, point, form, network, task)
-        source = Source(network, form, _image_shape(description), json.dumps(description))
+        source = Source(network, form, _image_shape(description), description)
         files = {}
         for name in formats:
             path = folder.export / f"{point['target']}.{name}"
@@ -142,7 +142,7 @@ class Source:
     network: nn.Module
     form: NetworkForm
     image_shape: tuple[int, int, int]
-    description: str = ""
+    description: Record | None = None
 
     def images(self, count: int) -> Tensor:
         """Random images, float32 [count, C, H, W], the same in each call."""
@@ -173,8 +173,9 @@ class Source:
         if name == "safetensors":
             form = replace(self.form, network=replace(self.form.network, weights=""))  # a path of this machine
             return network_to_bytes(self.network, form, description=self.description)
+        text = json.dumps(self.description)
         with _quiet():
-            return _pt2(self.program, self.description) if name == "pt2" else _onnx(self.program, self.description)
+            return _pt2(self.program, text) if name == "pt2" else _onnx(self.program, text)
 
 
 def load_exported(path: Path, name: str, *, threads: int = 0) -> Callable[[Tensor], Tensor]:

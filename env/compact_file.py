@@ -6,7 +6,7 @@ which also describes the network in words and numbers here, for people who have 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -49,18 +49,19 @@ class NetworkForm:
         return build_network(bare, channels=self.channels, classes=self.classes, seed=seed)
 
 
-def network_to_bytes(network: nn.Module, form: NetworkForm, *, description: str = "") -> bytes:
-    """The network as a safetensors file; its tensors are copied to the CPU.
+def network_to_bytes(network: nn.Module, form: NetworkForm, *, description: Mapping[str, Any] | None = None) -> bytes:
+    """The network as a safetensors file, the same bytes each time; its tensors are copied to the CPU.
 
     Buffers that a state dict leaves out are in it too: pruning may have sliced them, and the factory makes whole ones.
-    `description` is kept in the metadata under that name, for people.
+    `description` (of JSON values) is kept in the metadata for people, inside the entry "zeroout".
     """
     tensors: dict[str, Tensor] = {**dict(network.named_parameters()), **dict(network.named_buffers())}
     stored = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    metadata = {"format": "pt", "zeroout": json.dumps(asdict(form))}
-    return save_tensors(stored, metadata | ({"description": description} if description else {}))
+    entry = asdict(form) | ({"description": description} if description else {})
+    # one entry only: safetensors writes several in a random order
+    return save_tensors(stored, {"zeroout": json.dumps(entry)})
 
 
 def network_from_bytes(data: bytes, form: NetworkForm) -> nn.Module:
@@ -148,4 +149,5 @@ def _opened(path: str) -> Iterator[Any]:
 
 def _form(file: Any) -> NetworkForm:
     saved = json.loads((file.metadata() or {})["zeroout"])
+    saved.pop("description", None)
     return NetworkForm(**{**saved, "network": NetworkConfig(**saved["network"])})
