@@ -1,0 +1,193 @@
+"""Latencies are measured by turns, beside the original as it was given, and told with n and spread."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from deploy.config import CampaignConfig, dump
+from deploy.export import export
+from deploy.folder import CampaignFolder
+from deploy.latency import Latency, measure, render_table, write_table
+from env.channels import ChannelPlan
+from env.compact_file import NetworkForm, network_to_bytes
+from env.errors import UserError
+from env.networks import NetworkConfig
+
+IMAGES = torch.zeros(1, 1, 1, 1)
+
+
+class Workshop:
+    """Calls that take known times on a clock of their own."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self.order: list[str] = []
+
+    def clock(self) -> float:
+        return self.now_s
+
+    def call(self, name: str, seconds: list[float]) -> Callable[[Tensor], object]:
+        """A call that takes these seconds in turn, the last of them ever after."""
+        taken = iter(seconds)
+
+        def work(images: Tensor) -> None:
+            self.order.append(name)
+            self.now_s += next(taken, seconds[-1])
+
+        return work
+
+
+def test_median_and_quartiles_are_those_of_the_timed_calls_in_milliseconds() -> None:
+    shop = Workshop()
+    warm_up = [9.0, 9.0, 9.0]
+    calls = {"a": shop.call("a", [*warm_up, 0.005, 0.001, 0.004, 0.002, 0.003]), "b": shop.call("b", [1.0])}
+    measured = measure(calls, dict.fromkeys(calls, IMAGES), repeats=5, budget_s=1e9, clock=shop.clock)
+    assert measured["a"].n == 5
+    assert measured["a"].median_ms == pytest.approx(3)
+    assert (measured["a"].quartile1_ms, measured["a"].quartile3_ms) == pytest.approx((2, 4))
+    assert measured["b"].median_ms == pytest.approx(1000)
+
+
+def test_calls_take_turns_and_each_begins_a_round_as_often_as_the_others() -> None:
+    shop = Workshop()
+    calls = {name: shop.call(name, [0.001]) for name in "abc"}
+    measure(calls, dict.fromkeys(calls, IMAGES), repeats=3, clock=shop.clock)
+    assert "".join(shop.order[-9:]) == "abc" + "bca" + "cab"
+
+
+def test_slow_networks_are_timed_less_often_but_never_less_than_five_times() -> None:
+    for seconds, rounds in ((1.0, 11), (100.0, 5), (0.01, 50)):
+        shop = Workshop()
+        calls = {"a": shop.call("a", [seconds])}
+        assert measure(calls, {"a": IMAGES}, repeats=50, budget_s=10.5, clock=shop.clock)["a"].n == rounds
+
+
+def test_one_repeat_is_its_own_quartile() -> None:
+    shop = Workshop()
+    measured = measure({"a": shop.call("a", [0.25])}, {"a": IMAGES}, repeats=1, clock=shop.clock)
+    assert measured["a"] == Latency(median_ms=250, quartile1_ms=250, quartile3_ms=250, n=1)
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """So that a measurement that leaves one behind is seen."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def finished(path: Path, config: NetworkConfig) -> CampaignFolder:
+    """A finished campaign with one compact network."""
+    form = NetworkForm(network=config, channels=1, classes=10, image_size=8)
+    folder = CampaignFolder.create(path, dump(CampaignConfig(network=config)))
+    network = form.build(seed=1)
+    plan = ChannelPlan(network, torch.zeros(1, 1, 8, 8))
+    keep_mask = torch.ones(plan.units, dtype=torch.bool)
+    keep_mask[plan.layers[0].first] = False
+    for place in (folder.baseline, folder.recovered):
+        place.mkdir()
+    (folder.baseline / "model.safetensors").write_bytes(network_to_bytes(network, form))
+    (folder.recovered / "it.safetensors").write_bytes(network_to_bytes(plan.compact(network, keep_mask), form))
+    points = [{"target": 0.5, "parameters": 400, "macs": 7000, "model": "recovered/it.safetensors"}]
+    folder.result_json.write_text(json.dumps({"baseline": {"parameters": 900, "macs": 9900}, "points": points}))
+    return folder
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> CampaignFolder:
+    return finished(tmp_path / "out", NetworkConfig(width=0.05))
+
+
+def test_the_table_has_the_original_and_each_file_by_runtime(campaign: CampaignFolder) -> None:
+    paths = export(campaign, formats=["safetensors", "pt2"])
+    table = write_table(campaign, paths, repeats=2)
+    rows = {(row["network"], row["runtime"]): row for row in table["rows"]}
+    assert list(rows) == [
+        (network, runtime) for network in ("original", "0.5") for runtime in ("torch, eager", "torch.export")
+    ]
+    assert rows["original", "torch, eager"]["parameters"] == 900
+    assert rows["0.5", "torch.export"]["macs"] == 7000
+    assert rows["0.5", "torch.export"]["bytes"] == (campaign.export / "0.5.pt2").stat().st_size
+    for row in table["rows"]:
+        reference = rows["original", row["runtime"]]["latency"]
+        for batch in ("1", "32"):
+            latency = row["latency"][batch]
+            assert latency["n"] == 2
+            assert 0 < latency["quartile1_ms"] <= latency["median_ms"] <= latency["quartile3_ms"]
+            assert row["speedup"][batch] == pytest.approx(reference[batch]["median_ms"] / latency["median_ms"])
+    assert json.loads((campaign.export / "table.json").read_text()) == json.loads(json.dumps(table))
+    assert table["machine"]["cores"] >= 1
+    assert table["versions"]["torch"] == torch.__version__
+    assert torch.get_num_threads() == 2
+
+
+def test_the_original_is_measured_without_the_skip_convolutions_that_were_added(tmp_path: Path) -> None:
+    with_skips = NetworkConfig(name="resnet18", width=0.03, skips="convolution")
+    folder = finished(tmp_path / "out", with_skips)
+    table = write_table(folder, export(folder, formats=["safetensors"]), repeats=1)
+    as_given = NetworkForm(network=replace(with_skips, skips="coupled"), channels=1, classes=10, image_size=8)
+    assert table["rows"][0]["network"] == "original"
+    assert table["rows"][0]["bytes"] == len(network_to_bytes(as_given.build(), as_given))
+    assert table["rows"][0]["bytes"] < (folder.baseline / "model.safetensors").stat().st_size
+
+
+def test_nothing_is_timed_with_no_repeats(campaign: CampaignFolder) -> None:
+    paths = export(campaign, compression=0.5, formats=["onnx"])
+    table = write_table(campaign, paths, repeats=0)
+    assert [(row["network"], row["runtime"]) for row in table["rows"]] == [
+        ("original", "onnxruntime"), ("0.5", "onnxruntime")
+    ]  # fmt: skip
+    assert not any("latency" in row or "speedup" in row for row in table["rows"])
+    text = printed(table)
+    assert "latency not measured" in text
+    assert "quartiles" not in text
+
+
+def test_no_files_make_an_empty_table(campaign: CampaignFolder) -> None:
+    campaign.export.mkdir()
+    assert write_table(campaign, [], repeats=3)["rows"] == []
+
+
+def test_repeats_below_0_are_the_users_mistake(campaign: CampaignFolder) -> None:
+    with pytest.raises(UserError, match="--repeats: expected at least 0, got -1"):
+        write_table(campaign, [], repeats=-1)
+
+
+def test_the_table_says_sizes_median_quartiles_speed_up_n_and_where_it_was_measured() -> None:
+    latency = {"median_ms": 1.234, "quartile1_ms": 1.1, "quartile3_ms": 1.5, "n": 50}
+    slow = {**latency, "median_ms": 123.4, "n": 7}
+    row = {
+        "network": "0.9", "runtime": "onnxruntime", "parameters": 14_728_266, "macs": 313_200_000, "bytes": 58_900_001,
+        "latency": {"1": latency, "32": slow}, "speedup": {"1": 2.5, "32": 0.75},
+    }  # fmt: skip
+    original = {**row, "network": "original", "speedup": {"1": 1.0, "32": 1.0}}
+    table = {
+        "machine": {"processor": "Some CPU", "cores": 2},
+        "versions": {"torch": "2.13.0", "onnxruntime": "1.32.0"},
+        "repeats": 50,
+        "rows": [original, row],
+    }
+    text = printed(table)
+    (line,) = (line for line in text.splitlines() if line.strip().startswith("0.9"))
+    assert line.split() == [
+        "0.9", "onnxruntime", "14,728,266", "313.2", "M", "58,900,001",
+        "1.23", "1.1-1.5", "2.50x", "123", "1.1-1.5", "0.75x", "50/7",
+    ]  # fmt: skip
+    assert "1.00x" not in text
+    assert "Some CPU, 2 cores, torch 2.13.0, onnxruntime 1.32.0; median milliseconds of n calls, one thread" in text
+
+
+def printed(table: dict[str, object]) -> str:
+    """What the command prints where its output is not a terminal."""
+    console = Console(width=120, file=io.StringIO())
+    console.print(render_table(table))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
