@@ -4,9 +4,7 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 (idempotent by id), then the episode's record together with its networks, in one step.
 """
 
-import base64
 import json
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
+from actors.records import candidates, episode_record
 from actors.rollout import Rollout, rollout
 from actors.schedule import EpisodeOrder, ScheduleConfig, order
 from agents.controller import Controller, ControllerConfig
@@ -23,8 +22,8 @@ from agents.cross_entropy import next_offsets
 from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic
 from env.channels import ChannelPlan
-from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
-from env.compression import CompressionEnv, EpisodeConfig, TargetReached
+from env.compact_file import NetworkForm, network_from_bytes
+from env.compression import CompressionEnv, EpisodeConfig
 from env.data import DataConfig, Dataset
 from env.measure import Measure
 from env.recognizer import Recognizer
@@ -32,7 +31,7 @@ from env.seeds import derive_seed
 from learner.learner import LearnerConfig
 from learner.replay.codec import encode
 from learner.replay.connection import connect
-from learner.replay.ledger import Candidate, Ledger
+from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, Replay, ReplayConfig
 from learner.replay.weights import WeightStore
 from learner.sequence import SequenceConfig, cut
@@ -146,8 +145,16 @@ class Player:
         )
         if chosen.group == "search":
             self.services.replay.insert(list(self._items(claimed, played)))
-        record = self._record(chosen, played, offsets, time.perf_counter() - since)
-        ledger.complete(claimed, json.dumps(record), list(self._candidates(chosen, played)))
+        record = episode_record(
+            chosen,
+            played,
+            actor=self.name,
+            seconds=time.perf_counter() - since,
+            weights_version=self._version if chosen.policy == "controller" else 0,
+        )
+        if offsets is not None:
+            record["offsets"] = offsets.tolist()
+        ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form)))
         return record
 
     def _learner_is_behind(self) -> bool:
@@ -199,51 +206,3 @@ class Player:
             # a new sequence is sampled soon: its priority is its largest reward, or 1 where it has none
             priority = max(1.0, float(np.abs(sequence["rewards"]).max()))
             yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)
-
-    def _candidates(self, chosen: EpisodeOrder, played: Rollout) -> Iterator[Candidate]:
-        for point in _measured(played):
-            yield Candidate(
-                slot=f"{chosen.group}/{point.target}",
-                score=-point.metrics.cross_entropy,
-                payload=network_to_bytes(point.body.network, self.brief.form),
-                meta=json.dumps({"episode": chosen.episode, "policy": chosen.policy}),
-            )
-
-    def _record(
-        self, chosen: EpisodeOrder, played: Rollout, offsets: np.ndarray | None, seconds: float
-    ) -> dict[str, Any]:
-        """The episode's line in episodes.jsonl."""
-        return {
-            "id": chosen.episode,
-            "group": chosen.group,
-            "actor": self.name,
-            "policy": chosen.policy,
-            "epsilon": chosen.epsilon,
-            "sigma": chosen.sigma,
-            "seed": chosen.seed,
-            "steps": len(played.trace),
-            "collapsed": played.collapsed,
-            "seconds": round(seconds, 3),
-            "phases": {phase: round(spent, 3) for phase, spent in played.seconds.items()},
-            "weights_version": self._version if chosen.policy == "controller" else 0,
-            "return": played.total_return,
-            "finished": time.time(),
-            "curve": [[round(c, 6), round(a, 6)] for c, a in played.curve],
-            "targets": [
-                {
-                    "target": point.target,
-                    "compression": point.compression,
-                    "parameters": point.parameters,
-                    "macs": point.macs,
-                    "accuracy": point.metrics.accuracy,
-                    "cross_entropy": point.metrics.cross_entropy,
-                    "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy()).tobytes()).decode(),
-                }
-                for point in _measured(played)
-            ],
-        } | ({} if offsets is None else {"offsets": offsets.tolist()})
-
-
-def _measured(played: Rollout) -> list[TargetReached]:
-    """The networks that still say something: NaN beats nothing, and is no JSON."""
-    return [point for point in played.reached if math.isfinite(point.metrics.cross_entropy)]

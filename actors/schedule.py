@@ -10,10 +10,13 @@ from dataclasses import dataclass
 from env.errors import UserError
 from env.seeds import derive_seed
 
-__all__ = ["CONTROLS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
+__all__ = ["CONTROLS", "METHODS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
 
 #: Groups that a campaign can compare the Controller with.
 CONTROLS = ("random", "taylor", "gamma", "cem", "untrained")
+
+#: Who can decide in a campaign: the Controller that learns, or one rule alone, without learner, replay and actors.
+METHODS = ("controller", "taylor", "gamma", "uniform-l1", "random")
 
 #: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.
 _TEACHERS = ("taylor", "gamma", "uniform-l1", "random-allocation")
@@ -24,7 +27,8 @@ _LATER_TEACHERS = ("taylor-offsets", "random-allocation")
 class ScheduleConfig:
     """How many episodes are played, and by whom."""
 
-    episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors
+    method: str = "controller"  # of METHODS; a rule other than it plays in the driver, without Ray and Redis
+    episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors (and one for a rule alone)
     actors: int = 2
     teacher_share: float = 0.25  # of the episodes, at the start, played by heuristics
     sigma: float = 0.4  # layer offsets of an episode, natural-log units; falls to a quarter over the campaign
@@ -53,6 +57,17 @@ class ScheduleConfig:
                     got=repr(getattr(self, name)),
                     remedy="leave it out, or change it",
                 )
+        if self.method not in METHODS:
+            raise UserError(
+                "search.method", expected=" | ".join(METHODS), got=repr(self.method), remedy="choose one of them"
+            )
+        if self.alone and self.controls:
+            raise UserError(
+                "search.controls",
+                expected=f"none beside search.method = {self.method}, which plays alone",
+                got=repr(list(self.controls)),
+                remedy="leave one of the two out",
+            )
         unknown = [name for name in self.controls if name not in CONTROLS]
         if unknown or len(set(self.controls)) < len(self.controls):
             raise UserError(
@@ -65,12 +80,17 @@ class ScheduleConfig:
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups, in the order they are played."""
-        return "search", *self.controls
+        return (self.method,) if self.alone else ("search", *self.controls)
+
+    @property
+    def alone(self) -> bool:
+        """Whether a rule plays alone: nothing is learned."""
+        return self.method != "controller"
 
     @property
     def per_group(self) -> int:
         """Episodes of each group."""
-        return self.episodes or 2 * self.actors
+        return self.episodes or (1 if self.alone else 2 * self.actors)
 
     @property
     def total(self) -> int:

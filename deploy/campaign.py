@@ -7,9 +7,10 @@ from typing import Any
 from deploy.config import CampaignConfig, dump
 from deploy.export import export
 from deploy.folder import CampaignFolder, versions, write_json
-from deploy.prepare import preflight, prepare
+from deploy.limit import within_drop
+from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress
-from deploy.recover import recover, write_result
+from deploy.recover import Recovery
 from deploy.report import write_report
 from deploy.search import search
 from learner.replay.connection import check_server, connect
@@ -33,8 +34,11 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
         write_json(folder.versions_json, versions())
     baseline = prepare(folder, config, dataset, progress)
     search(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
-    recover(folder, config, dataset, baseline, progress)
-    result = write_result(folder, config, dataset, baseline, progress)
+    recovery = Recovery(folder, config, dataset.to(default_device()), baseline, progress)
+    recovery.run()
+    if config.max_drop:
+        within_drop(recovery)
+    result = recovery.result()
     progress.stage("export", "safetensors and ONNX, each read back and compared")
     export(folder)
     write_report(folder)

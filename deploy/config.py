@@ -51,6 +51,9 @@ class CampaignConfig:
     """Everything that a campaign is, section by section."""
 
     seed: int = 0
+    # Points of validation accuracy that may be lost; 0 = off. Then one network comes back, the smallest that holds:
+    # episode.targets are the first guesses, and the gap between them is halved until it is found.
+    max_drop: float = 0.0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     baseline: TrainConfig = field(default_factory=TrainConfig)  # training from scratch, where no weights are given
@@ -62,6 +65,13 @@ class CampaignConfig:
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     recovery: TrainConfig = field(default_factory=TrainConfig)  # of the chosen networks, at the end
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
+
+    def __post_init__(self) -> None:
+        """Check what belongs to no section; raises UserError."""
+        if not 0.0 <= self.max_drop < 100.0:
+            raise UserError(
+                "max_drop", expected="points in [0, 100)", got=repr(self.max_drop), remedy="1.0 allows one point"
+            )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:

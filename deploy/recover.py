@@ -3,148 +3,159 @@
 Its products are `recovered/GROUP-TARGET.safetensors` with a `.json` beside each, and result.json.
 """
 
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from agents.ladder import TOLERANCE
+from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
-from deploy.search import candidate_path
 from env.channels import ChannelPlan
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset, Split
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
 
-__all__ = ["recover", "write_result"]
+__all__ = ["LIMIT", "Recovery"]
+
+LIMIT = "limit.json"  # in `recovered/`: which network deploy/limit.py found, and why
 
 
-def recover(
-    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, progress: Progress
-) -> None:
-    """Retrain the best network of every group and target, with the same fresh minibatches for all groups."""
-    there = dataset.to(default_device())
-    for target in config.episode.targets:
-        for group in config.search.groups:
-            model = _model(folder, group, target)
-            if model.with_suffix(".json").is_file() and model.is_file():
-                continue
-            progress.stage("recover", f"{group} at {target:.2%}, {config.recovery.epochs} epochs")
-            _recover_one(folder, config, there, baseline, group, target, progress)
+@dataclass(frozen=True)
+class Recovery:
+    """The third stage of one campaign; `dataset` is on the device where networks are retrained."""
 
+    folder: CampaignFolder
+    config: CampaignConfig
+    dataset: Dataset
+    baseline: Baseline
+    progress: Progress
 
-def _model(folder: CampaignFolder, group: str, target: float) -> Path:
-    return folder.recovered / f"{group}-{target}.safetensors"
+    def run(self) -> None:
+        """Recover the best network of every group and target."""
+        for target in self.config.episode.targets:
+            for group in self.config.search.groups:
+                candidate = candidate_path(self.folder, group, target)
+                if not _complete(self._model(group, target)):
+                    network = network_from_file(str(candidate))
+                    origin = {"target": target, "group": group, **read_json(candidate.with_suffix(".json"))}
+                    self.recovered(network, self._model(group, target), origin)
 
+    def recovered(self, network: nn.Module, model: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+        """Retrain `network` as the configuration says, judge it on validation, and keep it as `model`.
 
-def _recover_one(
-    folder: CampaignFolder,
-    config: CampaignConfig,
-    dataset: Dataset,
-    baseline: Baseline,
-    group: str,
-    target: float,
-    progress: Progress,
-) -> None:
-    candidate, model = candidate_path(folder, group, target), _model(folder, group, target)
-    model.parent.mkdir(exist_ok=True)
-    network = network_from_file(str(candidate)).to(default_device())
-    train_shown(
-        network,
-        dataset,
-        config,
-        config.recovery,
-        name=f"{group} {target:.2%}",
-        section="recovery",
-        seed=derive_seed(config.seed, "final recovery", str(target)),  # the same for all groups
-        teacher=baseline.network.to(default_device()) if config.recovery.distillation else None,
-        checkpoint=model.with_suffix(".pt"),
-        folder=folder,
-        progress=progress,
-    )
-    validation = _judge(network, dataset, dataset.validation, config)
-    costs = _costs(network, dataset)
-    facts = {
-        "target": target,
-        "group": group,
-        **read_json(candidate.with_suffix(".json")),
-        "compression": 1.0 - costs[baseline.measure.name] / baseline.measure.given,
-        **costs,
-        "validation": asdict(validation),
-    }
-    write_atomic(model, network_to_bytes(network, baseline.form))
-    write_json(model.with_suffix(".json"), facts)
+        Returns what the `.json` beside it holds: `origin` (with "group" and "target"), costs, compression and
+        validation. What is there already is read, not made again.
+        """
+        if _complete(model):
+            facts: dict[str, Any] = read_json(model.with_suffix(".json"))
+            return facts
+        model.parent.mkdir(exist_ok=True)
+        name, recovery, device = f"{origin['group']} {origin['target']:.2%}", self.config.recovery, default_device()
+        self.progress.stage("recover", f"{name}, {recovery.epochs} epochs")
+        train_shown(
+            network.to(device),
+            self.dataset,
+            self.config,
+            recovery,
+            name=name,
+            section="recovery",
+            seed=derive_seed(self.config.seed, "final recovery", str(origin["target"])),  # the same for all groups
+            teacher=self.baseline.network.to(device) if recovery.distillation else None,
+            checkpoint=model.with_suffix(".pt"),
+            folder=self.folder,
+            progress=self.progress,
+        )
+        measure, costs = self.baseline.measure, self._costs(network)
+        facts = {
+            **origin,
+            "compression": 1.0 - costs[measure.name] / measure.given,
+            **costs,
+            "validation": asdict(self._judge(network, self.dataset.validation)),
+        }
+        write_atomic(model, network_to_bytes(network, self.baseline.form))
+        write_json(model.with_suffix(".json"), facts)
+        return facts
 
+    def facts(self) -> list[dict[str, Any]]:
+        """What is known of every group's network at every target, rising by target."""
+        return [
+            read_json(self._model(group, target).with_suffix(".json"))
+            for target in self.config.episode.targets
+            for group in self.config.search.groups
+        ]
 
-def _judge(network: nn.Module, dataset: Dataset, split: Split, config: CampaignConfig) -> Metrics:
-    return evaluate(network, split, dataset.mean, dataset.std, precision=config.recovery.precision)
+    def _model(self, group: str, target: float) -> Path:
+        return self.folder.recovered / f"{group}-{target}.safetensors"
 
+    def _judge(self, network: nn.Module, split: Split) -> Metrics:
+        dataset, precision = self.dataset, self.config.recovery.precision
+        return evaluate(network, split, dataset.mean, dataset.std, precision=precision)
 
-def _costs(network: nn.Module, dataset: Dataset) -> dict[str, int]:
-    """Parameters, MACs and bytes, counted on the compact network itself."""
-    example = torch.zeros(1, *dataset.image_shape, device=next(network.parameters()).device)
-    plan = ChannelPlan(network, example)
-    return plan.costs(plan.widths)
+    def _costs(self, network: nn.Module) -> dict[str, int]:
+        """Parameters, MACs and bytes, counted on the compact network itself."""
+        example = torch.zeros(1, *self.dataset.image_shape, device=next(network.parameters()).device)
+        plan = ChannelPlan(network, example)
+        return plan.costs(plan.widths)
 
-
-def write_result(
-    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, progress: Progress
-) -> dict[str, Any]:
-    """Choose by validation, open the test split once, write result.json; an existing one is left as it is."""
-    if folder.result_json.is_file():
-        result: dict[str, Any] = read_json(folder.result_json)
+    def result(self) -> dict[str, Any]:
+        """Choose by validation, open the test split once, write result.json; an existing one is left as it is."""
+        if self.folder.result_json.is_file():
+            result: dict[str, Any] = read_json(self.folder.result_json)
+            return result
+        self.progress.stage("recover", "the test split, once")
+        records = self.folder.read_episodes()
+        compared = [self._point(self._model(facts["group"], facts["target"])) for facts in self.facts()]
+        result = {
+            "baseline": {
+                "val_accuracy": self.baseline.validation.accuracy,
+                "test_accuracy": self._judge(self.baseline.network.to(default_device()), self.dataset.test).accuracy,
+                **self.baseline.given,
+            },
+            "measure": self.baseline.measure.name,
+            **self._chosen(compared),
+            "comparison": compared,
+            "episodes": len(records),
+            "seconds": round(sum(record["seconds"] for record in records), 1),
+            "seed": self.config.seed,
+        }
+        write_json(self.folder.result_json, result)
         return result
-    progress.stage("recover", "the test split, once")
-    there = dataset.to(default_device())
-    records = folder.read_episodes()
-    tested = {
-        (group, target): _point(folder, config, there, group, target)
-        for target in config.episode.targets
-        for group in config.search.groups
-    }
-    chosen = [
-        max((tested[group, target] for group in config.search.groups), key=lambda point: point["val_accuracy"])
-        for target in config.episode.targets
-    ]
-    result = {
-        "baseline": {
-            "val_accuracy": baseline.validation.accuracy,
-            "test_accuracy": _judge(baseline.network.to(default_device()), there, there.test, config).accuracy,
-            **baseline.given,
-        },
-        "measure": baseline.measure.name,
-        "points": chosen,
-        "comparison": list(tested.values()),
-        "episodes": len(records),
-        "seconds": round(sum(record["seconds"] for record in records), 1),
-        "seed": config.seed,
-    }
-    write_json(folder.result_json, result)
-    return result
+
+    def _chosen(self, compared: list[dict[str, Any]]) -> dict[str, Any]:
+        """The best point of each target; with max_drop the one network that was looked for, and why it is that."""
+        if self.config.max_drop:
+            limit = read_json(self.folder.recovered / LIMIT)
+            points = [self._point(self.folder.path / limit["model"])] if limit["model"] else []
+            return {"points": points, "max_drop": self.config.max_drop, "limit": limit["reason"]}
+        points = [
+            max((p for p in compared if p["target"] == target), key=lambda point: float(point["val_accuracy"]))
+            for target in self.config.episode.targets
+        ]
+        return {"points": points}
+
+    def _point(self, model: Path) -> dict[str, Any]:
+        """A row of result.json."""
+        facts = read_json(model.with_suffix(".json"))
+        network = network_from_file(str(model)).to(default_device())
+        keys = ("target", "group", "policy", "episode", "compression", "parameters", "macs", "bytes")
+        point = {
+            **{key: facts[key] for key in keys},
+            "val_accuracy": facts["validation"]["accuracy"],
+            "test_accuracy": self._judge(network, self.dataset.test).accuracy,
+            "model": str(model.relative_to(self.folder.path)),
+        }
+        if abs(point["compression"] - point["target"]) > TOLERANCE:
+            point["why_not_exact"] = "no filters that may still go are small enough to land nearer"
+        return point
 
 
-def _point(
-    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, group: str, target: float
-) -> dict[str, Any]:
-    """A row of result.json."""
-    model = _model(folder, group, target)
-    facts = read_json(model.with_suffix(".json"))
-    network = network_from_file(str(model)).to(default_device())
-    return {
-        "target": target,
-        "group": group,
-        "policy": facts["policy"],
-        "episode": facts["episode"],
-        "compression": facts["compression"],
-        "parameters": facts["parameters"],
-        "macs": facts["macs"],
-        "bytes": facts["bytes"],
-        "val_accuracy": facts["validation"]["accuracy"],
-        "test_accuracy": _judge(network, dataset, dataset.test, config).accuracy,
-        "model": str(model.relative_to(folder.path)),
-    }
+def _complete(model: Path) -> bool:
+    return model.is_file() and model.with_suffix(".json").is_file()

@@ -8,14 +8,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import os
 import signal
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -23,8 +21,11 @@ import ray.exceptions
 
 from actors.player import Brief
 from actors.ray_actors import start_learner, start_player
+from actors.records import slot
+from deploy.alone import play_alone
+from deploy.candidates import keep_better, missing, require_candidates, write_frontier
 from deploy.config import CampaignConfig, dump
-from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
+from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
 from deploy.prepare import Baseline
 from deploy.progress import ActorLine, Progress, SearchSnapshot
@@ -36,18 +37,13 @@ from learner.replay.connection import check_server, connect, redact, retrying
 from learner.replay.ledger import Ledger
 from learner.replay.replay import ReplayConfig
 
-__all__ = ["candidate_path", "search"]
+__all__ = ["search"]
 
 _POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
 # A worker that lives this long is well. One that fails sooner, so often in a row, is given up after about 3 minutes.
 _HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
 _STOP_S = 60.0
-
-
-def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
-    """Where the best network of a group at a target is kept."""
-    return folder.path / "candidates" / f"{group}-{target}.safetensors"
 
 
 def search(
@@ -61,6 +57,9 @@ def search(
 ) -> None:
     """Play all episodes that are not yet recorded in the folder."""
     if _finished(folder, config):
+        return
+    if config.search.alone:
+        play_alone(folder, config, dataset, baseline, progress)
         return
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
     _check_same_server(folder, redis_url)
@@ -77,21 +76,13 @@ def search(
         stack.enter_context(_ray(config, progress))
         _Watch(folder, config, brief, dataset, ledger, progress).run()
         _keep_candidates(ledger, folder, config)
-    _require_candidates(folder, config)
-    _write_frontier(folder, config)
+    require_candidates(folder, config)
+    write_frontier(folder, config)
 
 
 def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
     """Whether every episode is recorded and the networks of every group and target are kept."""
-    return len(folder.read_episodes()) == config.search.total and not list(_missing(folder, config))
-
-
-def _missing(folder: CampaignFolder, config: CampaignConfig) -> Iterator[tuple[str, float]]:
-    """The groups and targets without a network in the folder."""
-    for group in config.search.groups:
-        for target in config.episode.targets:
-            if not candidate_path(folder, group, target).is_file():
-                yield group, target
+    return len(folder.read_episodes()) == config.search.total and not list(missing(folder, config))
 
 
 def _identity(folder: CampaignFolder) -> str:
@@ -242,7 +233,7 @@ class _Watch:
             _keep_candidates(self.ledger, self.folder, self.config)
             self.folder.append_episode(fresh)
             self.records += fresh
-            _write_frontier(self.folder, self.config)
+            write_frontier(self.folder, self.config)
 
     def _revive(self) -> None:
         """Call a worker that died back to work, once Ray has restarted its process."""
@@ -314,34 +305,10 @@ def _best(records: list[dict[str, Any]], targets: tuple[float, ...]) -> list[tup
     return [(target, best["policy"], best["cross_entropy"], best["accuracy"]) for target, best in rows]
 
 
-def _write_frontier(folder: CampaignFolder, config: CampaignConfig) -> None:
-    rows = frontier(folder.read_episodes(), config.episode.targets)
-    write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows})
-
-
 def _keep_candidates(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
-    """Write the best network of each group and target from Redis into the folder, if the one there is not better."""
-    (folder.path / "candidates").mkdir(exist_ok=True)
-    for group in config.search.groups:
-        for target in config.episode.targets:
-            path = candidate_path(folder, group, target)
-            facts = path.with_suffix(".json")
-            kept = read_json(facts).get("score", -math.inf) if facts.is_file() and path.is_file() else -math.inf
-            best = ledger.best(f"{group}/{target}")
-            if best is not None and best.score > kept:
-                write_atomic(path, best.payload)
-                write_json(facts, {**json.loads(best.meta), "score": best.score})
-
-
-def _require_candidates(folder: CampaignFolder, config: CampaignConfig) -> None:
-    """UserError where no episode of a group reached a target: there is nothing to recover."""
-    for group, target in _missing(folder, config):
-        raise UserError(
-            f"target {target} of group {group}",
-            expected="at least one episode that reached it",
-            got="none",
-            remedy="raise episode.max_steps, or lower episode.step_learning_rate if networks collapsed",
-        )
+    """Write the best networks that Redis has into the folder."""
+    slots = [slot(group, target) for group in config.search.groups for target in config.episode.targets]
+    keep_better(folder, (best for best in map(ledger.best, slots) if best is not None))
 
 
 def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:

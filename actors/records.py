@@ -1,0 +1,75 @@
+"""What an episode leaves behind: its line in episodes.jsonl, and a network for each target that it reached."""
+
+import base64
+import json
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from actors.rollout import Rollout
+from actors.schedule import EpisodeOrder
+from env.compact_file import NetworkForm, network_to_bytes
+from env.compression import TargetReached
+from learner.replay.ledger import Candidate
+
+__all__ = ["candidates", "episode_record", "slot"]
+
+
+def slot(group: str, target: float) -> str:
+    """Under which name the best network of a group at a target is kept."""
+    return f"{group}/{target}"
+
+
+def candidates(chosen: EpisodeOrder, played: Rollout, form: NetworkForm) -> Iterator[Candidate]:
+    """The episode's networks; the lower the cross-entropy on validation, the better."""
+    for point in _measured(played):
+        yield Candidate(
+            slot=slot(chosen.group, point.target),
+            score=-point.metrics.cross_entropy,
+            payload=network_to_bytes(point.body.network, form),
+            meta=json.dumps({"episode": chosen.episode, "policy": chosen.policy}),
+        )
+
+
+def episode_record(
+    chosen: EpisodeOrder, played: Rollout, *, actor: str, seconds: float, weights_version: int = 0
+) -> dict[str, Any]:
+    """The episode's line in episodes.jsonl."""
+    return {
+        "id": chosen.episode,
+        "group": chosen.group,
+        "actor": actor,
+        "policy": chosen.policy,
+        "epsilon": chosen.epsilon,
+        "sigma": chosen.sigma,
+        "seed": chosen.seed,
+        "steps": len(played.trace),
+        "collapsed": played.collapsed,
+        "seconds": round(seconds, 3),
+        "phases": {phase: round(spent, 3) for phase, spent in played.seconds.items()},
+        "weights_version": weights_version,
+        "return": played.total_return,
+        "finished": time.time(),
+        "curve": [[round(c, 6), round(a, 6)] for c, a in played.curve],
+        "targets": [_point(point) for point in _measured(played)],
+    }
+
+
+def _point(point: TargetReached) -> dict[str, Any]:
+    return {
+        "target": point.target,
+        "compression": point.compression,
+        "parameters": point.parameters,
+        "macs": point.macs,
+        "accuracy": point.metrics.accuracy,
+        "cross_entropy": point.metrics.cross_entropy,
+        "keep_bits": base64.b64encode(np.packbits(point.body.keep_mask.numpy()).tobytes()).decode(),
+    }
+
+
+def _measured(played: Rollout) -> list[TargetReached]:
+    """The networks that still say something: NaN beats nothing, and is no JSON."""
+    return [point for point in played.reached if math.isfinite(point.metrics.cross_entropy)]

@@ -1,0 +1,69 @@
+"""The second stage where one rule decides alone: its episodes are played in this process, without Ray and Redis."""
+
+import copy
+import time
+from typing import Any
+
+from actors.records import candidates, episode_record
+from actors.rollout import Rollout, rollout
+from actors.schedule import EpisodeOrder, order
+from agents.ladder import Ladder
+from agents.policies import heuristic
+from deploy.candidates import keep_better, require_candidates, write_frontier
+from deploy.config import CampaignConfig
+from deploy.folder import CampaignFolder
+from deploy.prepare import Baseline, default_device
+from deploy.progress import Progress
+from env.compression import CompressionEnv
+from env.data import Dataset
+from env.recognizer import Recognizer
+
+__all__ = ["play_alone"]
+
+
+def play_alone(
+    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, progress: Progress
+) -> None:
+    """Play the rule's episodes that are not yet recorded, and keep the best network of each target."""
+    progress.stage("search", f"{config.search.method}, {config.search.total} episode(s) in this process")
+    recognizer = Recognizer(
+        copy.deepcopy(baseline.network),
+        dataset,
+        config.data,
+        measure=baseline.measure,
+        precision=config.episode.precision,
+        device=default_device(),
+    )
+    env = CompressionEnv(recognizer, config.episode, features=True, seed=config.seed)
+    recorded = {record["id"] for record in folder.read_episodes()}
+    for episode in range(config.search.total):
+        if episode not in recorded:
+            chosen = order(config.search, episode, seed=config.seed)
+            started_s = time.perf_counter()
+            played = _play(env, chosen, config, progress)
+            # networks first: a record says that its network is safe
+            keep_better(folder, candidates(chosen, played, baseline.form))
+            folder.append_episode([_record(chosen, played, time.perf_counter() - started_s)])
+    require_candidates(folder, config)
+    write_frontier(folder, config)
+
+
+def _play(env: CompressionEnv, chosen: EpisodeOrder, config: CampaignConfig, progress: Progress) -> Rollout:
+    ladder = Ladder(
+        env.plan,
+        measure=env.recognizer.measure,
+        targets=config.episode.targets,
+        waypoints=config.episode.waypoints,
+        min_width=config.episode.min_width,
+    )
+
+    def show(step: int, compression: float, accuracy: float) -> None:
+        done = f"episode {chosen.episode + 1} of {config.search.total}, step {step} of {len(ladder)}"
+        progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
+
+    policy = heuristic(chosen.policy, env.plan, seed=chosen.seed)
+    return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)
+
+
+def _record(chosen: EpisodeOrder, played: Rollout, seconds: float) -> dict[str, Any]:
+    return episode_record(chosen, played, actor="driver", seconds=seconds)

@@ -1,0 +1,57 @@
+"""The best network of each group at each target, as the search leaves them in the folder for the recovery."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from deploy.config import CampaignConfig
+from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
+from deploy.frontier import frontier
+from env.errors import UserError
+from learner.replay.ledger import Candidate
+
+__all__ = ["candidate_path", "keep_better", "missing", "require_candidates", "write_frontier"]
+
+
+def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
+    """Where the best network of a group at a target is kept."""
+    return folder.path / "candidates" / f"{group}-{target}.safetensors"
+
+
+def keep_better(folder: CampaignFolder, candidates: Iterable[Candidate]) -> None:
+    """Write each network whose slot in the folder holds none that is as good."""
+    for candidate in candidates:
+        group, _, target = candidate.slot.partition("/")
+        path = candidate_path(folder, group, float(target))
+        path.parent.mkdir(exist_ok=True)
+        facts = path.with_suffix(".json")
+        kept = read_json(facts).get("score", -math.inf) if facts.is_file() and path.is_file() else -math.inf
+        if candidate.score > kept:
+            write_atomic(path, candidate.payload)
+            write_json(facts, {**json.loads(candidate.meta), "score": candidate.score})
+
+
+def missing(folder: CampaignFolder, config: CampaignConfig) -> Iterator[tuple[str, float]]:
+    """The groups and targets without a network in the folder."""
+    for group in config.search.groups:
+        for target in config.episode.targets:
+            if not candidate_path(folder, group, target).is_file():
+                yield group, target
+
+
+def require_candidates(folder: CampaignFolder, config: CampaignConfig) -> None:
+    """UserError where no episode of a group reached a target: there is nothing to recover."""
+    for group, target in missing(folder, config):
+        raise UserError(
+            f"target {target} of group {group}",
+            expected="at least one episode that reached it",
+            got="none",
+            remedy="raise episode.max_steps, or lower episode.step_learning_rate if networks collapsed",
+        )
+
+
+def write_frontier(folder: CampaignFolder, config: CampaignConfig) -> None:
+    """Write frontier.json from the episodes that are recorded."""
+    rows = frontier(folder.read_episodes(), config.episode.targets)
+    write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows})
