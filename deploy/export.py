@@ -85,12 +85,12 @@ def export(
     config = load(folder.campaign_toml)
     with _disk_trouble_named(folder.export):
         folder.export.mkdir(exist_ok=True)
-    task = _task(folder, config.data, dataset, warn)
+    origin = _origin(folder, config, _task(folder, config.data, dataset, warn))
     for point in points:
-        model = _model(folder, point)
-        form, network = form_of_file(str(model)), network_from_file(str(model))
-        description = _describe(folder, config, point, form, network, task)
-        source = Source(network, form, _image_shape(description), description)
+        model = str(_there(folder, folder.path / str(point["model"])))
+        form, network = form_of_file(model), network_from_file(model)
+        description = _describe(origin, point, form, network)
+        source = Source(network, form, origin.image_shape, description)
         files = {}
         for name in formats:
             path = folder.export / f"{point['target']}.{name}"
@@ -289,14 +289,38 @@ def _compare(pending: Path, path: Path, name: str, source: Source) -> float:
     return largest
 
 
-def _describe(
-    folder: CampaignFolder, config: CampaignConfig, point: Record, form: NetworkForm, network: nn.Module, task: Record
-) -> Record:
-    """All that a stranger needs to know about one network, in the order in which it is read."""
+@dataclass(frozen=True, kw_only=True)
+class _Origin:
+    """What all networks of a campaign have in common; the plan is the baseline's."""
+
+    folder: CampaignFolder
+    config: CampaignConfig
+    result: Record
+    task: Record
+    baseline: nn.Module
+    plan: ChannelPlan
+    image_shape: tuple[int, int, int]
+
+
+def _origin(folder: CampaignFolder, config: CampaignConfig, task: Record) -> _Origin:
+    model = str(_there(folder, folder.baseline / "model.safetensors"))
+    baseline, form = network_from_file(model), form_of_file(model)
     shape = task["image_shape"] or (form.channels, form.image_size, form.image_size)
-    result, baseline = read_json(folder.result_json), network_from_file(str(folder.baseline / "model.safetensors"))
-    plan = ChannelPlan(baseline, torch.zeros(1, *shape))
-    known = asdict(config.data)
+    return _Origin(
+        folder=folder,
+        config=config,
+        result=read_json(folder.result_json),
+        task=task,
+        baseline=baseline,
+        plan=ChannelPlan(baseline, torch.zeros(1, *shape)),
+        image_shape=shape,
+    )
+
+
+def _describe(origin: _Origin, point: Record, form: NetworkForm, network: nn.Module) -> Record:
+    """All that a stranger needs to know about one network, in the order in which it is read."""
+    shape, task = origin.image_shape, origin.task
+    known = asdict(origin.config.data)
     return {
         "what": "a convolutional network compressed by zeroout: whole filters were removed, the rest was retrained",
         "input": {
@@ -315,13 +339,15 @@ def _describe(
             "pt2": "torch.export.load(path).module()(images), with torch alone; it is in eval mode already",
         },
         "compact": {key: point.get(key) for key in ("compression", "parameters", "macs", *_ACCURACIES)},
-        "original": {key: result.get("baseline", {}).get(key) for key in ("parameters", "macs", *_ACCURACIES)},
-        "layers": describe_layers(plan, baseline, network, _keep_mask(folder, point, plan.units)),
+        "original": {key: origin.result.get("baseline", {}).get(key) for key in ("parameters", "macs", *_ACCURACIES)},
+        "layers": describe_layers(
+            origin.plan, origin.baseline, network, _keep_mask(origin.folder, point, origin.plan.units)
+        ),
         "modules": describe_modules(network),
         "network": {**asdict(form.network), "weights": "", "classes": form.classes},
         "origin": {
             **{key: point.get(key) for key in ("target", "group", "policy", "episode")},
-            "campaign_seed": config.seed,
+            "campaign_seed": origin.config.seed,
             "data": {key: value for key, value in known.items() if key not in ("path", "cache")},
         },
         "versions": versions(),
@@ -403,16 +429,14 @@ def _write_description(path: Path, description: Record, files: Record) -> None:
     write_atomic(path, re.sub(r"\[\n[^\[\]{}\"]*\]", lambda found: " ".join(found[0].split()), text) + "\n")
 
 
-def _model(folder: CampaignFolder, point: Record) -> Path:
-    model = folder.path / str(point["model"])
-    for path in (model, folder.baseline / "model.safetensors"):
-        if not path.is_file():
-            raise UserError(
-                f"model {path}",
-                expected="the file of this finished campaign",
-                got="no such file",
-                remedy=f"zeroout resume {folder.path} makes it anew",
-            )
+def _there(folder: CampaignFolder, model: Path) -> Path:
+    if not model.is_file():
+        raise UserError(
+            f"model {model}",
+            expected="the file of this finished campaign",
+            got="no such file",
+            remedy=f"zeroout resume {folder.path} makes it anew",
+        )
     return model
 
 
