@@ -211,6 +211,15 @@ def test_a_download_that_is_not_the_archive_is_told_and_not_kept(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_no_more_is_fetched_than_there_should_be(file: Path, tmp_path: Path, serve: Serve) -> None:
+    archive = described(file, serve(file.read_bytes() + bytes(5 * 2**20)))
+    calls: list[int] = []
+    with pytest.raises(UserError, match="more than"):
+        find_archive("", archive, cache=tmp_path / "cache", progress=lambda done, _: calls.append(done))
+    assert len(calls) <= archive.size_bytes / 2**20 + 2
+    assert max(calls) == archive.size_bytes
+
+
 def test_without_a_network_the_line_says_what_to_fetch_where_to_put_it_and_its_checksum(
     file: Path, tmp_path: Path
 ) -> None:
