@@ -1,8 +1,8 @@
 """Whole trainings: of the baseline, and of the chosen networks at the end (the source's 300 and 50 epochs).
 
 A training can be killed at any moment and goes on from its last epoch, bit for bit. Called by `deploy/prepare.py` and
-`deploy/recover.py`. The update here is that of env/retraining.py with what only whole trainings want: a teacher's
-soft targets (Hinton et al. 2015), an average of the weights, and the accuracy on the way.
+`deploy/recover.py`. To the updates of env/retraining.py come what only whole trainings want: a teacher's soft targets
+(Hinton et al. 2015), an average of the weights, and the accuracy on the way.
 """
 
 import copy
@@ -25,19 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from env.data import DataConfig, Dataset, check_fields, require_batch
 from env.errors import NonFiniteError, UserError
 from env.files import replace_file
-from env.retraining import (
-    Metrics,
-    _autocast,
-    _channels_last,
-    _misread,
-    augmented,
-    choices,
-    evaluate,
-    finite,
-    make_optimizer,
-    seeded,
-    set_rate,
-)
+from env.retraining import Metrics, augmented, choices, evaluate, finite, make_optimizer, seeded, set_rate, update
 
 __all__ = ["BatchReport", "EpochReport", "TrainConfig", "distillation_loss", "train"]
 
@@ -315,30 +303,38 @@ def _epoch(run: _Run, live: _Live, checkpoint: Path | None) -> tuple[float, floa
 
 def _update(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
     """One update; float32 [2]: the loss before it in nats, and the share of images recognized. Not awaited."""
-    config = run.config
-    logits, wanted = _logits(run, images)
-    loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    if wanted is not None:
-        share = config.distillation
-        loss = (1 - share) * loss + share * distillation_loss(logits, wanted, config.temperature)
+    right: list[Tensor] = []
+
+    def count(module: nn.Module, inputs: Any, logits: Tensor) -> None:
+        right.append((logits.detach().argmax(1) == labels).float().mean())
+
+    with run.network.register_forward_hook(count):
+        if run.teacher is None:
+            smoothing, precision = run.config.label_smoothing, run.config.precision
+            loss = update(run.network, run.optimizer, images, labels, label_smoothing=smoothing, precision=precision)
+        else:
+            loss = _taught(run, run.teacher, images, labels)
+    if run.average is not None:
+        run.average.update_parameters(run.network)
+    return torch.stack([loss, right[0]])
+
+
+def _taught(run: _Run, teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """An update whose loss is shared between labels and teacher; returns the loss before it."""
+    config, device = run.config, images.device
+    if device.type != "cpu":  # there channels_last is not always safe (oneDNN issue 6035)
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
+        logits = run.network(images).float()
+        with torch.no_grad():
+            wanted = teacher(images).float()
+    hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+    soft = distillation_loss(logits, wanted, config.temperature)
+    loss = (1 - config.distillation) * hard + config.distillation * soft
     run.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     run.optimizer.step()
-    if run.average is not None:
-        run.average.update_parameters(run.network)
-    return torch.stack([loss.detach(), (logits.detach().argmax(1) == labels).float().mean()])
-
-
-def _logits(run: _Run, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Of network and teacher (None without one) for the same images: float32 [B, classes]."""
-    if images.device.type != "cpu" or not any(map(_misread, run.network.modules())):
-        images = _channels_last(images)
-    with _autocast(images.device, run.config.precision):
-        logits = run.network(images).float()
-        if run.teacher is None:
-            return logits, None
-        with torch.no_grad():
-            return logits, run.teacher(images).float()
+    return loss.detach()
 
 
 def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteError:

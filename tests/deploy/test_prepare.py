@@ -53,8 +53,8 @@ def test_skip_convolutions_are_added_to_the_trained_network_and_do_not_count_as_
     config, baseline = prepared(tmp_path / "out", TINY, "network.skips=convolution")
     plain = build_network(parse(TINY).network, channels=1, classes=10)
     added = [name for name, _ in baseline.network.named_parameters() if name not in dict(plain.named_parameters())]
-    assert baseline.parameters == parameters(plain)
-    assert parameters(baseline.network) > baseline.parameters
+    assert baseline.given["parameters"] == parameters(plain)
+    assert parameters(baseline.network) > baseline.given["parameters"]
     assert added
     assert all("shortcut" in name for name in added)
     assert config.network.skips == "convolution"
@@ -123,7 +123,9 @@ def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_chang
     out, given = tmp_path / "out", tmp_path / "given.toml"
     # decayed by several times their size in each update, the weights overflow once the rate has risen
     absurd = "epochs = 8\nlearning_rate = 10.0\nwarmup_share = 0.9\nweight_decay = 1.0"
-    given.write_text(TINY.replace("epochs = 1", absurd))
+    given.write_text(
+        f"[network]\nwidth = 0.25\n[data]\nvalidation_share = 0.2\n[baseline]\n{absurd}\nbatch_size = 64\n"
+    )
     code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out)
     checkpoint = out / "baseline" / "baseline.pt"
     assert code == 1
