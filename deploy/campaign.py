@@ -1,11 +1,12 @@
 """A campaign: prepare, search, recover, export, report. Resume is running the same stages again."""
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from deploy.config import CampaignConfig, dump
-from deploy.export import export
+from deploy.export import FORMATS, export
 from deploy.folder import CampaignFolder, versions, write_json
 from deploy.limit import within_drop
 from deploy.prepare import default_device, preflight, prepare
@@ -28,7 +29,7 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
         with contextlib.closing(connect(redis_url)) as client:
             check_server(client, redis_url)
     progress.stage("prepare", "images")
-    dataset = preflight(config)
+    dataset = preflight(config, on_images=partial(progress.share, "images"))
     folder = CampaignFolder.create(out, dump(config))
     if not folder.versions_json.is_file():
         write_json(folder.versions_json, versions())
@@ -39,7 +40,8 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
     if config.max_drop:
         within_drop(recovery)
     result = recovery.result()
-    progress.stage("export", "safetensors and ONNX, each read back and compared")
-    export(folder)
+    if result["points"]:
+        progress.stage("export", ", ".join(FORMATS) + ", each read back and compared")
+        export(folder, dataset=dataset, warn=lambda failure: progress.note(str(failure)))
     write_report(folder)
     return result

@@ -1,4 +1,4 @@
-"""The command line: `zeroout run | resume | status | report | export | doctor`.
+"""The command line: `zeroout run | prune | resume | status | report | export | doctor`.
 
 Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupted (state saved).
 """
@@ -30,7 +30,9 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
 _PLAIN_WIDTH = 120  # characters, where the output is not a terminal
-_DEFAULT_CONFIG = Path(__file__).parent / "campaigns" / "digits.toml"
+_CAMPAIGNS = Path(__file__).parent / "campaigns"
+_DEFAULT_CONFIG, _IMAGES_CONFIG = _CAMPAIGNS / "digits.toml", _CAMPAIGNS / "images.toml"
+_FIRST_GUESSES = (0.5, 0.75, 0.9, 0.95)  # of `prune --max-drop`
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The campaign; left out, a demonstration on digits.")
@@ -52,6 +54,16 @@ RedisOption = Annotated[
 RayOption = Annotated[
     str | None, typer.Option("--ray-address", help="A running Ray cluster; left out, a local Ray is started.")
 ]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="vgg16, resnet18, resnet34, resnet56, small, or package.module:factory of yours.")
+]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option("--weights", help="Its trained state dict (.safetensors, or by torch.save); left out, it is trained."),
+]
+DataOption = Annotated[
+    str, typer.Option("--data", help="digits, cifar10, or a folder of images with one folder for each class.")
+]
 ControlsOption = Annotated[
     bool,
     typer.Option(
@@ -66,6 +78,9 @@ ControlsOption = Annotated[
 def run(
     out: OutOption,
     config: ConfigArgument = None,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    data: DataOption = "",
     overrides: SetOption = None,
     redis: RedisOption = "",
     ray_address: RayOption = None,
@@ -74,16 +89,74 @@ def run(
     """Run a campaign: prepare, search, recover, export, report.
 
     Examples: `zeroout run --out runs/demo` compresses a small network on embedded digits;
-    `zeroout run deploy/campaigns/vgg16-quarter-cifar10.toml --set data.path=images --out runs/vgg`.
+    `zeroout run --model package.module:factory --weights weights.pt --data FOLDER --out runs/mine` your own.
     """
     from deploy.config import load
 
-    extra = list(overrides or [])
+    extra = _what(model, weights, data)
     if controls:
         extra.append('search.controls=["random", "taylor", "cem", "untrained"]')
     if ray_address:
         extra.append(f"cluster.ray_address={json.dumps(ray_address)}")
-    _campaign(out, load(config or _DEFAULT_CONFIG, extra), redis)
+    _campaign(out, load(config or _default_config(data), [*extra, *(overrides or [])]), redis)
+
+
+@app.command()
+def prune(
+    out: OutOption,
+    config: ConfigArgument = None,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    data: DataOption = "",
+    method: Annotated[str, typer.Option(help="Who ranks the filters: taylor, gamma, uniform-l1 or random.")] = "taylor",
+    compression: Annotated[
+        list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
+    ] = None,
+    measure: Annotated[str, typer.Option(help="What it is a share of: parameters, macs or bytes.")] = "parameters",
+    max_drop: Annotated[
+        float, typer.Option(help="Instead of a share: points of validation accuracy that may be lost, e.g. 1.0.")
+    ] = 0.0,
+    steps: Annotated[int, typer.Option(help="Prune so many times, retraining a little after each.")] = 10,
+    overrides: SetOption = None,
+) -> None:
+    """Prune by one rule, without learning: in this process, in minutes, with the same folder and files as `run`.
+
+    Examples: `zeroout prune --model resnet18 --weights weights.pt --data FOLDER --compression 0.9 --out runs/pruned`;
+    `zeroout prune --max-drop 1.0 --out runs/small` finds the smallest network that loses at most one point.
+    """
+    from deploy.config import load
+
+    targets = sorted(compression or (_FIRST_GUESSES if max_drop else (0.9,)))
+    extra = [
+        *_what(model, weights, data),
+        f"search.method={json.dumps(method)}",
+        "search.episodes=1",
+        f"episode.targets={json.dumps(targets)}",
+        f"episode.measure={json.dumps(measure)}",
+        f"episode.waypoints={max(steps, len(targets))}",
+        f"max_drop={max_drop}",
+    ]
+    _campaign(out, load(config or _default_config(data), [*extra, *(overrides or [])]), "")
+
+
+def _what(model: str, weights: Path | None, data: str) -> list[str]:
+    """The network and the images of the command line as overrides; paths are made absolute, for resume."""
+    extra = []
+    if model:
+        extra.append(f"network.{'factory' if ':' in model else 'name'}={json.dumps(model)}")
+    if weights is not None:
+        extra.append(f"network.weights={json.dumps(str(weights.absolute()))}")
+    if data in ("digits", "cifar10"):
+        extra.append(f"data.source={json.dumps(data)}")
+        if data == "cifar10":
+            extra.append('data.path=""')
+    elif data:
+        extra += ['data.source="folder"', f"data.path={json.dumps(str(Path(data).expanduser().absolute()))}"]
+    return extra
+
+
+def _default_config(data: str) -> Path:
+    return _DEFAULT_CONFIG if data in ("", "digits") else _IMAGES_CONFIG
 
 
 @app.command()
@@ -159,12 +232,32 @@ def export(
 def doctor(
     redis: RedisOption = "",
     data: Annotated[Path | None, typer.Option(help="A folder of images to look at.")] = None,
-    model: Annotated[str | None, typer.Option(help="A network to look at.")] = None,
+    model: ModelOption = "",
+    weights: WeightsOption = None,
+    width: Annotated[float, typer.Option(help="Of --model: multiplies its channels.")] = 1.0,
+    skips: Annotated[str, typer.Option(help="Of --model: coupled or convolution.")] = "coupled",
+    channels: Annotated[int, typer.Option(min=1, help="Of --model's images: 3 in colour, 1 in gray.")] = 3,
+    image_size: Annotated[int, typer.Option(min=1, help="Of --model's images, in pixels.")] = 32,
+    classes: Annotated[int, typer.Option(min=1, help="Of --model's images.")] = 10,
 ) -> None:
-    """Check this machine; each line is ok, or what is wrong and what mends it."""
+    """Check this machine, and with --model a network; each line is ok, or what is wrong and what mends it.
+
+    Example: `zeroout doctor --model package.module:factory --image-size 224 --classes 1000` lists which filters can be
+    pruned, which live or die together, and what is left out and why.
+    """
     from deploy.doctor import run_doctor
 
-    raise typer.Exit(run_doctor(Console(), redis_url=redis or None, data_path=data, model=model))
+    def look() -> Any:
+        from deploy.network_report import look_at
+        from env.networks import NetworkConfig
+
+        named = {"factory": model} if ":" in model else {"name": model}
+        config = NetworkConfig(**named, width=width, skips=skips, weights=str(weights or ""))
+        return look_at(config, channels=channels, classes=classes, image_size=image_size)
+
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    code = run_doctor(console, redis_url=redis or None, data_path=data, model=look if model else None)
+    raise typer.Exit(code)
 
 
 def _campaign(out: Path, config: Any, redis_url: str) -> None:
@@ -207,7 +300,8 @@ def _interruptible() -> Iterator[None]:
 
 def _print_result(console: Console, folder: CampaignFolder, result: dict[str, Any]) -> None:
     base = result["baseline"]
-    table = Table("network", "parameters removed", "parameters", "MACs", "validation", "test", "test, change")
+    measure = {"macs": "MACs"}.get(result["measure"], result["measure"])
+    table = Table("network", f"{measure} removed", "parameters", "MACs", "validation", "test", "test, change")
     table.add_row("baseline", "0.00 %", f"{base['parameters']:,}", f"{base['macs']:,}", *_accuracies(base), "")
     for point in result["comparison"]:
         mark = " *" if point in result["points"] else ""
@@ -220,9 +314,28 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
             f"{100 * (point['test_accuracy'] - base['test_accuracy']):+.2f} points",
         )
     console.print(table)
-    console.print("* chosen, by validation accuracy; the test split was opened once, at the end", highlight=False)
+    if "limit" in result:
+        _print_limit(console, result)
+    else:
+        console.print("* chosen, by validation accuracy; the test split was opened once, at the end", highlight=False)
+    for point in result["points"]:
+        if "why_not_exact" in point:
+            line = f"{point['target']:.2%} was asked, {point['compression']:.2%} reached: {point['why_not_exact']}"
+            console.print(line, highlight=False, soft_wrap=True)
     for name, path in (("report", folder.report_html), ("picture", folder.frontier_png), ("models", folder.export)):
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+
+
+def _print_limit(console: Console, result: dict[str, Any]) -> None:
+    """What `max_drop` found: one network, which need not be in the table of the first guesses."""
+    asked = f"at most {result['max_drop']:g} points of validation accuracy were to be lost"
+    console.print(f"{asked}: {result['limit']}", highlight=False, soft_wrap=True)
+    for point in result["points"]:
+        change = 100 * (point["test_accuracy"] - result["baseline"]["test_accuracy"])
+        line = (
+            f"chosen: {point['compression']:.2%} removed, {point['parameters']:,} parameters, test {change:+.2f} points"
+        )
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def _accuracies(row: dict[str, Any]) -> tuple[str, str]:
@@ -241,6 +354,9 @@ def _leave(code: int, line: str) -> NoReturn:
 
 def main() -> None:
     """The `zeroout` command."""
+    # last, so that a user's `env` does not stand before ours; Ray's workers take this path over
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
     try:
         app()
     except UserError as error:

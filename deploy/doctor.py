@@ -16,12 +16,16 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.text import Text
 
 from env.errors import UserError
+
+if TYPE_CHECKING:  # it imports torch, which may be what is wrong
+    from deploy.network_report import NetworkReport
 
 __all__ = ["ROOMS", "Check", "run_doctor"]
 
@@ -48,7 +52,7 @@ def run_doctor(
     *,
     redis_url: str | None = None,
     data_path: Path | str | None = None,
-    model: str | None = None,
+    model: Callable[[], "NetworkReport"] | None = None,
     out: Path | str = ".",
 ) -> int:
     """Print a line per check, "ok" or "wrong" with what mends it; return 0 when all are ok, else 2.
@@ -57,10 +61,10 @@ def run_doctor(
         console: where the lines go.
         redis_url: the server of a cluster, which must answer. None: the embedded server's binary is looked for.
         data_path: the images, when they are the user's own.
-        model: a built-in network's name, "package.module:function", or a file of weights.
+        model: builds a network and says what can be pruned of it (`deploy.network_report.look_at`).
         out: where the campaign folder will lie; its disk is measured.
     """
-    checks = [_guarded(name, check) for name, check in _checks(redis_url, data_path, model, Path(out))]
+    checks = [_guarded(name, check) for name, check in _checks(console, redis_url, data_path, model, Path(out))]
     for check in checks:
         _print(console, check)
     wrong = sum(not check.ok for check in checks)
@@ -69,7 +73,11 @@ def run_doctor(
 
 
 def _checks(
-    redis_url: str | None, data_path: Path | str | None, model: str | None, out: Path
+    console: Console,
+    redis_url: str | None,
+    data_path: Path | str | None,
+    model: Callable[[], "NetworkReport"] | None,
+    out: Path,
 ) -> Iterator[tuple[str, Callable[[], Check]]]:
     yield "python", _python
     yield "torch", _torch
@@ -88,7 +96,7 @@ def _checks(
     if data_path is not None:
         yield "data", lambda: _data(Path(data_path))
     if model is not None:
-        yield "model", lambda: _model(model)
+        yield "model", lambda: _model(model, console)
 
 
 def _guarded(name: str, check: Callable[[], Check]) -> Check:
@@ -265,15 +273,9 @@ def _data(path: Path) -> Check:
     return Check(name="data", ok=ok, detail=f"{path} {'is there' if ok else 'cannot be read'}", remedy=remedy)
 
 
-def _model(model: str) -> Check:
-    networks = importlib.import_module("env.networks")
-    if Path(model).is_file():
-        entries = networks.read_weights(Path(model))
-        return Check(name="model", ok=True, detail=f"{model}: {len(entries)} tensors")
-    module, colon, function = model.partition(":")
-    if not colon:
-        networks.NetworkConfig(name=model)  # raises UserError with the names there are
-        return Check(name="model", ok=True, detail=f"{model}, built in")
-    ok = callable(getattr(importlib.import_module(module), function, None))
-    remedy = "" if ok else f"correct the name: {module} has no function {function!r}"
-    return Check(name="model", ok=ok, detail=model, remedy=remedy)
+def _model(look: Callable[[], "NetworkReport"], console: Console) -> Check:
+    report = look()
+    console.print(report.render())
+    ok = report.plan.units > 0
+    remedy = "" if ok else "mend what the reasons name, or give another network"
+    return Check(name="model", ok=ok, detail=report.summary, remedy=remedy)

@@ -305,7 +305,7 @@ class _Origin:
 def _origin(folder: CampaignFolder, config: CampaignConfig, task: Record) -> _Origin:
     model = str(_there(folder, folder.baseline / "model.safetensors"))
     baseline, form = network_from_file(model), form_of_file(model)
-    shape = task["image_shape"] or (form.channels, form.image_size, form.image_size)
+    shape = task["image_shape"] or (form.channels, form.image_size, form.image_width or form.image_size)
     return _Origin(
         folder=folder,
         config=config,

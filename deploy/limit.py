@@ -51,13 +51,8 @@ def _preference(row: dict[str, Any]) -> tuple[float, float]:
     return row["target"], row["validation"]["accuracy"]
 
 
-def _drop(recovery: Recovery, row: dict[str, Any]) -> float:
-    """Points of validation accuracy lost against the baseline."""
-    return 100.0 * (recovery.baseline.validation.accuracy - float(row["validation"]["accuracy"]))
-
-
 def _holds(recovery: Recovery, row: dict[str, Any]) -> bool:
-    return _drop(recovery, row) <= recovery.config.max_drop
+    return recovery.drop(row) <= recovery.config.max_drop
 
 
 def _removed(row: dict[str, Any] | None) -> float:
@@ -70,7 +65,7 @@ def _middle(low: dict[str, Any] | None, high: dict[str, Any]) -> float:
 
 def _close(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any]) -> bool:
     """Whether there is nothing left to look for between the two."""
-    spare = recovery.config.max_drop - (0.0 if low is None else _drop(recovery, low))
+    spare = recovery.config.max_drop - (0.0 if low is None else recovery.drop(low))
     return spare <= _CLOSE_POINTS or float(high["compression"]) - _removed(low) <= _RESOLUTION
 
 
@@ -133,9 +128,9 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float) -> nn.Module | 
 def _reason(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any] | None) -> str:
     lost = "nothing but the baseline holds"
     if low is not None:
-        lost = f"{low['compression']:.2%} removed loses {_drop(recovery, low):.2f} points"
+        lost = f"{low['compression']:.2%} removed loses {recovery.drop(low):.2f} points"
     if high is None:
         return f"{lost}; that is the highest of episode.targets: raise it to go further"
     if "validation" in high:
-        return f"{lost}, {high['compression']:.2%} loses {_drop(recovery, high):.2f}"
+        return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}"
     return f"{lost}; no more filters may go (episode.min_width)"

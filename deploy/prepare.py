@@ -1,5 +1,6 @@
 """The first stage: data and the baseline network. Its product is the folder `baseline/`."""
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,8 +45,10 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def preflight(config: CampaignConfig) -> Dataset:
+def preflight(config: CampaignConfig, *, on_images: Callable[[int, int], None] | None = None) -> Dataset:
     """Load the images and try the network on paper, so that a mistake shows before a folder is made.
+
+    `on_images(done, total)` is called while images are decoded or downloaded.
 
     Raises:
         UserError: anything wrong with the images, the network, its weights, or a target that cannot be reached.
@@ -58,7 +61,7 @@ def preflight(config: CampaignConfig) -> Dataset:
             got=repr(config.baseline.distillation),
             remedy="leave it out; recovery.distillation learns from the baseline",
         )
-    dataset = load_dataset(config.data)
+    dataset = load_dataset(config.data, progress=on_images)
     for size in (config.baseline.batch_size, config.episode.batch_size, config.recovery.batch_size):
         require_batch(dataset, size)
     pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
@@ -71,8 +74,10 @@ def preflight(config: CampaignConfig) -> Dataset:
 
 def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, progress: Progress) -> Baseline:
     """Train or load the baseline; what is already in the folder is taken from there."""
-    channels, image_size, _ = dataset.image_shape
-    form = NetworkForm(network=config.network, channels=channels, classes=len(dataset.classes), image_size=image_size)
+    channels, height, width = dataset.image_shape
+    form = NetworkForm(
+        network=config.network, channels=channels, classes=len(dataset.classes), image_size=height, image_width=width
+    )
     model, facts = folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
     if not (model.is_file() and facts.is_file()):
         folder.baseline.mkdir(exist_ok=True)
@@ -189,5 +194,6 @@ def train_shown(
     except NonFiniteError as error:
         removal = f", remove {checkpoint}" if checkpoint.is_file() else ""
         raise NonFiniteError(
-            f"{name}: {error}. To go on: change that in {folder.campaign_toml}{removal}, and zeroout resume {folder.path}"
+            f"{name}: {error}. To go on: change that in {folder.campaign_toml}{removal}, "
+            f"and zeroout resume {folder.path}"
         ) from error

@@ -66,6 +66,9 @@ class Progress(Protocol):
     def stage(self, name: str, detail: str = "") -> None:
         """Begin a stage (prepare, search, recover, export)."""
 
+    def share(self, stage: str, done: int, total: int) -> None:
+        """Report how much is done of something that is only counted: images decoded, bytes downloaded."""
+
     def batch(self, stage: str, report: BatchReport) -> None:
         """Report a training in the middle of an epoch."""
 
@@ -116,6 +119,12 @@ class PlainProgress:
         self._line(f"{name}: {detail}" if detail else name)
         self._last_line_s, self._last_done = -math.inf, -1
 
+    def share(self, stage: str, done: int, total: int) -> None:
+        """Print the share at most every ten seconds."""
+        if self._is_due(_PLAIN_PERIOD_S):
+            self._line(f"{stage}: {done / max(total, 1):.0%}")
+            self._last_line_s = self._clock()
+
     def batch(self, stage: str, report: BatchReport) -> None:
         """Print how the epoch goes when nothing was printed for half a minute."""
         if self._clock() - self._last_sign_s >= _PLAIN_BATCH_S:
@@ -165,6 +174,10 @@ class RichProgress:
         """Leave the last numbers of the stage before above the panel, and begin the next."""
         self._leave_summary()
         self._console.print(f"[bold cyan]●[/] [bold]{escape(name)}[/] {escape(detail)}", highlight=False)
+
+    def share(self, stage: str, done: int, total: int) -> None:
+        """Move the bar."""
+        self._show(_bar(stage, done, total, f"{done / max(total, 1):.0%}"))
 
     def batch(self, stage: str, report: BatchReport) -> None:
         """Move the bar within the epoch, above what the last finished epoch said."""

