@@ -9,7 +9,7 @@ that stand side by side in the same tensors. The groups come from torch-pruning'
 """
 
 import copy
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,6 +36,7 @@ __all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt"]
 MEASURES = ("parameters", "macs", "bytes")
 #: Largest difference of logits, relative to their size, that rounding may leave between masked and compact.
 _TOLERANCE = 1e-4
+_DICTS = (dict, OrderedDict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,8 +151,10 @@ class ChannelPlan:
                 part = part.index_select(axis, kept.to(part.device))
             sliced[name] = part if part is not tensor and part.data_ptr() != tensor.data_ptr() else part.clone()
         # Structure is copied, tensors are not: they are all replaced a line later.
-        shell = copy.deepcopy(network, memo={id(tensor): tensor for tensor in tensors.values()})
-        return adopt(shell, sliced)
+        memo: dict[int, object] = {id(tensor): tensor for tensor in tensors.values()}
+        for module in network.modules():  # whose dozen empty dictionaries of hooks take most of a deepcopy's time
+            memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _DICTS and not value}
+        return adopt(copy.deepcopy(network, memo), sliced)
 
     def axes(self, name: str, have: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """The pruned axes of a tensor: (axis, int64 owner of each index, -1 = nobody's), less what is gone."""
