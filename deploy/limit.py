@@ -39,10 +39,9 @@ def within_drop(recovery: Recovery) -> None:
     high = min(beyond, key=lambda row: float(row["compression"]), default=None)
     while high is not None and not _close(recovery, low, high):
         probe = _probe(recovery, low, high)
-        if probe is None or not _holds(recovery, probe):
-            high = probe or {"group": high["group"], "compression": _middle(low, high)}
-        else:
-            low = probe
+        if probe is None:
+            break
+        low, high = (probe, high) if _holds(recovery, probe) else (low, probe)
     model = "" if low is None else str(_model(recovery, low).relative_to(recovery.folder.path))
     write_json(product, {"model": model, "reason": _reason(recovery, low, high)})
 
@@ -75,10 +74,10 @@ def _model(recovery: Recovery, row: dict[str, Any]) -> Path:
 
 
 def _probe(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any]) -> dict[str, Any] | None:
-    """A network half-way between the two, made of the lower one and recovered; None where no filters may go."""
+    """A network half-way between the two, made of the lower one and recovered; None where filters allow none."""
     target = _middle(low, high)
     start = recovery.baseline.network if low is None else network_from_file(str(_model(recovery, low)))
-    network = _pruned(recovery, start, target)
+    network = _pruned(recovery, start, target, below=float(high["compression"]))
     if network is None:
         return None
     rule = _rule(recovery)
@@ -98,8 +97,8 @@ def _rule(recovery: Recovery) -> str:
     return search.method if search.method in ("taylor", "gamma", "uniform-l1") else "taylor"
 
 
-def _pruned(recovery: Recovery, start: nn.Module, target: float) -> nn.Module | None:
-    """`start` cut to `target`, not yet retrained."""
+def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float) -> nn.Module | None:
+    """`start` cut to at least `target` and to less than `below`, not yet retrained; None where that cannot be."""
     config, dataset = recovery.config, recovery.dataset
     device = str(dataset.train.images.device)
     recognizer = Recognizer(start, dataset, config.data, measure=recovery.baseline.measure, device=device)
@@ -119,7 +118,7 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float) -> nn.Module | 
         {"features": scores.numpy(), "keep_mask": body.keep_mask.numpy()}
     )
     cut = ladder.cut(ranking[None], body.keep_mask[None], torch.zeros(1, dtype=torch.int64))[0]
-    if recognizer.compression(~cut) < target:
+    if not target <= recognizer.compression(~cut) < below:
         return None
     pruned: Body = recognizer.zero(body, ~cut)
     return pruned.network
@@ -131,6 +130,4 @@ def _reason(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any]
         lost = f"{low['compression']:.2%} removed loses {recovery.drop(low):.2f} points"
     if high is None:
         return f"{lost}; that is the highest of episode.targets: raise it to go further"
-    if "validation" in high:
-        return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}"
-    return f"{lost}; no more filters may go (episode.min_width)"
+    return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}"

@@ -6,9 +6,11 @@ Images go in as channels_last and the layers follow, on a CPU those of env/cpu_l
 that saving and slicing them never meets odd strides.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ __all__ = [
     "choices",
     "evaluate",
     "finite",
+    "logits_of",
     "make_optimizer",
     "retrain",
     "seeded",
@@ -102,14 +105,9 @@ def retrain(
             if decay:
                 set_rate(optimizer, learning_rate * (1 - index / minibatches))
             batch = dataset.train.take(chosen.to(total.device))
-            total += update(
-                network,
-                optimizer,
-                augmented(batch, dataset, data_config, generator),
-                batch.labels,
-                label_smoothing=label_smoothing,
-                precision=precision,
-            )
+            loss = partial(F.cross_entropy, target=batch.labels, label_smoothing=label_smoothing)
+            pictures = augmented(batch, dataset, data_config, generator)
+            total += update(network, optimizer, pictures, loss, precision=precision)
     if not bool(total.isfinite()) or not finite(network):
         raise NonFiniteError(
             f"retraining: loss or weights are not finite after {minibatches} minibatches at learning rate "
@@ -122,23 +120,28 @@ def update(
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
     images: Tensor,
-    labels: Tensor,
+    loss: Callable[[Tensor], Tensor],
     *,
-    label_smoothing: float,
     precision: str,
 ) -> Tensor:
-    """One update; returns the loss before it, a scalar that the device need not have finished."""
+    """One update by the gradient of `loss`, a function of the logits float32 [B, classes].
+
+    Returns the loss before it, a scalar that the device need not have finished.
+    """
+    value = loss(logits_of(network, images, precision=precision))
+    optimizer.zero_grad(set_to_none=True)
+    value.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    return value.detach()
+
+
+def logits_of(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
+    """The network's answer to normalised images [B, C, H, W], the quickest way: float32 [B, classes]."""
     misread = (_misread(module) and quick_form(module) is None for module in network.modules())
     if images.device.type != "cpu" or not any(misread):
         images = _channels_last(images)
-    with _layers(network, images.device):
-        with _autocast(images.device, precision):
-            logits = network(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.detach()
+    with _layers(network, images.device), _autocast(images.device, precision):
+        return cast(Tensor, network(images)).float()
 
 
 def augmented(batch: Split, dataset: Dataset, config: DataConfig, generator: torch.Generator) -> Tensor:

@@ -25,7 +25,18 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from env.data import DataConfig, Dataset, check_fields, require_batch
 from env.errors import NonFiniteError, UserError
 from env.files import replace_file
-from env.retraining import Metrics, augmented, choices, evaluate, finite, make_optimizer, seeded, set_rate, update
+from env.retraining import (
+    Metrics,
+    augmented,
+    choices,
+    evaluate,
+    finite,
+    logits_of,
+    make_optimizer,
+    seeded,
+    set_rate,
+    update,
+)
 
 __all__ = ["BatchReport", "EpochReport", "TrainConfig", "distillation_loss", "train"]
 
@@ -303,38 +314,29 @@ def _epoch(run: _Run, live: _Live, checkpoint: Path | None) -> tuple[float, floa
 
 def _update(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
     """One update; float32 [2]: the loss before it in nats, and the share of images recognized. Not awaited."""
-    right: list[Tensor] = []
+    config, wanted = run.config, _taught(run, images)
+    right = torch.zeros((), device=images.device)
 
-    def count(module: nn.Module, inputs: Any, logits: Tensor) -> None:
-        right.append((logits.detach().argmax(1) == labels).float().mean())
+    def loss_of(logits: Tensor) -> Tensor:
+        right.copy_((logits.detach().argmax(1) == labels).float().mean())
+        loss = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        if wanted is None:
+            return loss
+        share = config.distillation
+        return (1 - share) * loss + share * distillation_loss(logits, wanted, config.temperature)
 
-    with run.network.register_forward_hook(count):
-        if run.teacher is None:
-            smoothing, precision = run.config.label_smoothing, run.config.precision
-            loss = update(run.network, run.optimizer, images, labels, label_smoothing=smoothing, precision=precision)
-        else:
-            loss = _taught(run, run.teacher, images, labels)
+    loss = update(run.network, run.optimizer, images, loss_of, precision=config.precision)
     if run.average is not None:
         run.average.update_parameters(run.network)
-    return torch.stack([loss, right[0]])
+    return torch.stack([loss, right])
 
 
-def _taught(run: _Run, teacher: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """An update whose loss is shared between labels and teacher; returns the loss before it."""
-    config, device = run.config, images.device
-    if device.type != "cpu":  # there channels_last is not always safe (oneDNN issue 6035)
-        images = images.contiguous(memory_format=torch.channels_last)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bfloat16"):
-        logits = run.network(images).float()
-        with torch.no_grad():
-            wanted = teacher(images).float()
-    hard = F.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
-    soft = distillation_loss(logits, wanted, config.temperature)
-    loss = (1 - config.distillation) * hard + config.distillation * soft
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    run.optimizer.step()
-    return loss.detach()
+def _taught(run: _Run, images: Tensor) -> Tensor | None:
+    """The teacher's logits for these images, float32 [B, classes]; None without a teacher."""
+    if run.teacher is None:
+        return None
+    with torch.no_grad():
+        return logits_of(run.teacher, images, precision=run.config.precision)
 
 
 def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteError:
