@@ -37,13 +37,17 @@ def within_drop(recovery: Recovery) -> None:
     low = max((row for row in rows if _holds(recovery, row)), key=_preference, default=None)
     beyond = [row for row in rows if low is None or row["target"] > low["target"]]
     high = min(beyond, key=lambda row: float(row["compression"]), default=None)
-    while high is not None and not _close(recovery, low, high):
+    stuck = False
+    while high is not None and not stuck and not _close(recovery, low, high):
         probe = _probe(recovery, low, high)
         if probe is None:
-            break
-        low, high = (probe, high) if _holds(recovery, probe) else (low, probe)
+            stuck = True
+        elif _holds(recovery, probe):
+            low = probe
+        else:
+            high = probe
     model = "" if low is None else str(_model(recovery, low).relative_to(recovery.folder.path))
-    write_json(product, {"model": model, "reason": _reason(recovery, low, high)})
+    write_json(product, {"model": model, "reason": _reason(recovery, low, high, stuck=stuck)})
 
 
 def _preference(row: dict[str, Any]) -> tuple[float, float]:
@@ -124,10 +128,11 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float
     return pruned.network
 
 
-def _reason(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any] | None) -> str:
+def _reason(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any] | None, *, stuck: bool) -> str:
     lost = "nothing but the baseline holds"
     if low is not None:
         lost = f"{low['compression']:.2%} removed loses {recovery.drop(low):.2f} points"
     if high is None:
         return f"{lost}; that is the highest of episode.targets: raise it to go further"
-    return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}"
+    between = "; no filters allow a step between" if stuck else ""
+    return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}{between}"

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from env.augment import augment, normalise
 from env.cifar import CIFAR10, find_archive, read_cifar10
 from env.errors import UserError
 from env.images import read_folder, require_memory
@@ -27,12 +26,9 @@ from env.splits import Split, draw_share, shuffled, take_turns
 __all__ = [
     "DataConfig",
     "Dataset",
-    "Split",
-    "augment",
     "check_fields",
     "default_cache",
     "load_dataset",
-    "normalise",
     "require_batch",
 ]
 

@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from env.augment import normalise
 from env.channels import ChannelPlan
-from env.data import DataConfig, Dataset, Split, normalise
+from env.data import DataConfig, Dataset
 from env.importance import log_scores
 from env.measure import Measure
 from env.retraining import Metrics, evaluate, retrain
 from env.seeds import derive_seed
+from env.splits import Split
 
 __all__ = ["Body", "Recognizer", "Retraining"]
 

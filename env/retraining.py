@@ -16,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from env.augment import augment, normalise
 from env.cpu_layers import cpu_layers, keep_freed_memory, quick_form
-from env.data import DataConfig, Dataset, Split, augment, normalise, require_batch
+from env.data import DataConfig, Dataset, require_batch
 from env.errors import NonFiniteError
+from env.splits import Split
 
 __all__ = [
     "Metrics",

@@ -8,8 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from env.data import DataConfig, Split, check_fields, default_cache, load_dataset, require_batch
+from env.data import DataConfig, check_fields, default_cache, load_dataset, require_batch
 from env.errors import UserError
+from env.splits import Split
 
 DIGITS = load_dataset(DataConfig())
 

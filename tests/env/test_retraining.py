@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from env.data import DataConfig, Dataset, Split, load_dataset
+from env.data import DataConfig, Dataset, load_dataset
 from env.errors import NonFiniteError
 from env.networks import resnet18, small, vgg16
 from env.retraining import evaluate, retrain
+from env.splits import Split
 from env.training import TrainConfig
 
 DIGITS = load_dataset(DataConfig())

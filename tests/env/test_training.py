@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from env import training
-from env.data import DataConfig, load_dataset, normalise
+from env.augment import normalise
+from env.data import DataConfig, load_dataset
 from env.errors import NonFiniteError, UserError
 from env.networks import small
 from env.retraining import evaluate, retrain

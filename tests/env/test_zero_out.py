@@ -8,9 +8,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from zoo import NETWORKS
 
+from env.augment import normalise
 from env.channels import ChannelPlan
-from env.data import DataConfig, Dataset, Split, normalise
+from env.data import DataConfig, Dataset
 from env.retraining import retrain
+from env.splits import Split
 from env.zero_out import ZeroOut, attach_zero_out
 
 torch.set_num_threads(1)
