@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from env.channels import MEASURES, ChannelPlan
 
-__all__ = ["Measure", "measure_of"]
+__all__ = ["Measure"]
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,3 @@ class Measure:
     def compression(self, plan: ChannelPlan, kept: Tensor) -> Tensor:
         """1 - cost of the compact network / cost as given: int64 [..., L] units kept -> float64 [...]."""
         return 1.0 - plan.cost(self.name, kept).to(torch.float64) / self.given
-
-
-def measure_of(name: str, network: nn.Module, example: Tensor) -> Measure:
-    """The measure against `network` as it is; `example` is float32 [1, C, H, W]."""
-    plan = ChannelPlan(network, example)
-    return Measure(name, int(plan.cost(name, plan.widths)))

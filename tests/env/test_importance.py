@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from zoo import CLASSES, EXAMPLE, PRUNABLE
 
 from env.channels import ChannelPlan
 from env.importance import FEATURES, gamma, l1, log_scores, taylor
@@ -179,3 +180,20 @@ def test_log_scores_are_the_three_scores_in_the_order_of_their_names() -> None:
 def test_without_any_images_taylor_is_0() -> None:
     network = normed()
     assert taylor(network, plan_of(network), everything(plan_of(network)), []).tolist() == [0.0] * 8
+
+
+@pytest.mark.parametrize("name", PRUNABLE)
+def test_every_unit_of_any_network_is_scored_and_none_that_is_gone(name: str) -> None:
+    torch.manual_seed(3)
+    network = PRUNABLE[name]().eval()
+    plan = ChannelPlan(network, EXAMPLE)
+    images, labels = torch.randn(6, 3, 8, 8), torch.arange(6) % CLASSES
+    everything = torch.ones(plan.units, dtype=torch.bool)
+    assert (gamma(network, plan, everything) > 0).all()
+    assert (l1(network, plan, everything) > 0).all()
+    assert (taylor(network, plan, everything, [(images, labels)]) >= 0).all()
+    keep_mask = everything.clone()
+    keep_mask[[layer.first + 1 for layer in plan.layers]] = False
+    scores = log_scores(plan.compact(network, keep_mask), plan, keep_mask, [(images, labels)])
+    assert scores.isfinite().all()
+    assert ((scores != 0).any(dim=1) == keep_mask).all()

@@ -1,0 +1,38 @@
+import pytest
+import torch
+from torch import nn
+
+from env.channels import MEASURES, ChannelPlan
+from env.measure import Measure
+
+torch.set_num_threads(1)
+
+
+def plan() -> ChannelPlan:
+    """5 filters of 2x3x3 with batch-norm, read by 4 outputs."""
+    network = nn.Sequential(
+        nn.Conv2d(2, 5, 3, bias=False),
+        nn.BatchNorm2d(5),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(5, 4),
+    )
+    return ChannelPlan(network, torch.zeros(1, 2, 6, 6))
+
+
+def test_compression_by_hand_in_every_measure() -> None:
+    kept = torch.tensor([[5], [2]])
+    # parameters k (18 + 2 + 4) + 4; macs 16 positions * 18 k + 4 k; bytes 4 (parameters + 2 k) + 8 of the counter
+    costs = {"parameters": (124, 52), "macs": (1460, 584), "bytes": (544, 232)}
+    assert set(costs) == set(MEASURES)
+    for name, (full, left) in costs.items():
+        assert plan().cost(name, kept).tolist() == [full, left]
+        assert Measure(name, full).compression(plan(), kept).tolist() == [0.0, pytest.approx(1 - left / full)]
+        assert float(Measure(name, 2 * full).compression(plan(), kept)[0]) == 0.5
+
+
+@pytest.mark.parametrize(("name", "given"), [("grams", 5), ("parameters", 0)])
+def test_a_measure_that_is_none_is_refused(name: str, given: int) -> None:
+    with pytest.raises(ValueError, match=name):
+        Measure(name, given)
