@@ -21,7 +21,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from deploy.folder import write_atomic
-from deploy.frontier import frontier, groups_of, learning_curve, targets_of
+from deploy.frontier import frontier, groups_of, learning_curve, measure_name, targets_of
 
 __all__ = ["frontier_image", "frontier_png", "learning_image", "learning_png"]
 
@@ -99,7 +99,8 @@ def frontier_image(records: Sequence[Record], result: Record | None, *, dark: bo
     _scale_compression(axes, right)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy", color=theme.ink)
-    axes.set_xlabel("parameters removed (logarithmic in what is left)", color=theme.ink)
+    measure = measure_name(result)
+    axes.set_xlabel(f"{measure} removed (logarithmic in what is left)", color=theme.ink)
     _legend(axes, _frontier_handles(records, result, theme), theme)
     return _png(figure)
 

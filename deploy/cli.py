@@ -300,8 +300,10 @@ def _interruptible() -> Iterator[None]:
 
 def _print_result(console: Console, folder: CampaignFolder, result: dict[str, Any]) -> None:
     base = result["baseline"]
-    measure = {"macs": "MACs"}.get(result["measure"], result["measure"])
-    table = Table("network", f"{measure} removed", "parameters", "MACs", "validation", "test", "test, change")
+    from deploy.frontier import measure_name
+
+    removed = f"{measure_name(result)} removed"
+    table = Table("network", removed, "parameters", "MACs", "validation", "test", "test, change")
     table.add_row("baseline", "0.00 %", f"{base['parameters']:,}", f"{base['macs']:,}", *_accuracies(base), "")
     for point in result["comparison"]:
         mark = " *" if point in result["points"] else ""

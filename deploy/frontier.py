@@ -21,6 +21,7 @@ __all__ = [
     "groups_of",
     "groups_table",
     "learning_curve",
+    "measure_name",
     "targets_of",
 ]
 
@@ -34,6 +35,12 @@ GROUPS = ("search", "taylor", "gamma", "random", "cem", "untrained")
 # (the deviation estimated from the same n). Below five nothing is said.
 _CLEARLY_AHEAD_SDS = 2.0
 _EPISODES_FOR_SD = 5
+
+
+def measure_name(result: Record | None) -> str:
+    """Return what compression was counted in, in words: "parameters", "MACs" or "bytes"."""
+    name = str((result or {}).get("measure", "parameters"))
+    return {"macs": "MACs"}.get(name, name)
 
 
 def groups_of(records: Iterable[Record]) -> list[str]:

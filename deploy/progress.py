@@ -8,7 +8,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from env.training import BatchReport, EpochReport
+if TYPE_CHECKING:  # torch takes seconds to import, and `zeroout status` needs none of it
+    from env.training import BatchReport, EpochReport
 
 __all__ = [
     "ActorLine",
@@ -69,10 +70,10 @@ class Progress(Protocol):
     def share(self, stage: str, done: int, total: int) -> None:
         """Report how much is done of something that is only counted: images decoded, bytes downloaded."""
 
-    def batch(self, stage: str, report: BatchReport) -> None:
+    def batch(self, stage: str, report: "BatchReport") -> None:
         """Report a training in the middle of an epoch."""
 
-    def epoch(self, stage: str, report: EpochReport) -> None:
+    def epoch(self, stage: str, report: "EpochReport") -> None:
         """Report a finished training epoch."""
 
     def search(self, snapshot: SearchSnapshot) -> None:
@@ -125,12 +126,12 @@ class PlainProgress:
             self._line(f"{stage}: {done / max(total, 1):.0%}")
             self._last_line_s = self._clock()
 
-    def batch(self, stage: str, report: BatchReport) -> None:
+    def batch(self, stage: str, report: "BatchReport") -> None:
         """Print how the epoch goes when nothing was printed for half a minute."""
         if self._clock() - self._last_sign_s >= _PLAIN_BATCH_S:
             self._line(f"{stage}: {_batch_text(report)}")
 
-    def epoch(self, stage: str, report: EpochReport) -> None:
+    def epoch(self, stage: str, report: "EpochReport") -> None:
         """Print the first and the last epoch, and between them one at most every ten seconds."""
         if report.epoch == report.epochs or self._is_due(_PLAIN_PERIOD_S):
             self._line(f"{stage}: {_epoch_text(report)}")
@@ -179,13 +180,13 @@ class RichProgress:
         """Move the bar."""
         self._show(_bar(stage, done, total, f"{done / max(total, 1):.0%}"))
 
-    def batch(self, stage: str, report: BatchReport) -> None:
+    def batch(self, stage: str, report: "BatchReport") -> None:
         """Move the bar within the epoch, above what the last finished epoch said."""
         done = report.epoch - 1 + report.minibatch / report.minibatches
         bar = _bar(stage, done, report.epochs, _batch_text(report))
         self._show(Group(bar, Text(self._summary, style="dim")) if self._summary else bar)
 
-    def epoch(self, stage: str, report: EpochReport) -> None:
+    def epoch(self, stage: str, report: "EpochReport") -> None:
         """Move the bar."""
         self._summary = _epoch_text(report)
         self._show(_bar(stage, report.epoch, report.epochs, self._summary))
@@ -218,7 +219,7 @@ class RichProgress:
             self._summary = ""
 
 
-def _batch_text(report: BatchReport) -> str:
+def _batch_text(report: "BatchReport") -> str:
     return (
         f"epoch {report.epoch}/{report.epochs} at {report.minibatch / report.minibatches:.0%}, "
         f"loss {report.train_loss:.3f}, accuracy in training {report.train_accuracy:.2%}, "
@@ -226,7 +227,7 @@ def _batch_text(report: BatchReport) -> str:
     )
 
 
-def _epoch_text(report: EpochReport) -> str:
+def _epoch_text(report: "EpochReport") -> str:
     left = f", {duration(report.seconds_left)} left" if report.epoch < report.epochs else ""
     return (
         f"epoch {report.epoch}/{report.epochs}, loss {report.train_loss:.3f}, "

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.folder import CampaignFolder, read_json, write_atomic
-from deploy.frontier import Comparison, compare, groups_table, targets_of
+from deploy.frontier import Comparison, compare, groups_of, groups_table, measure_name, targets_of
 from deploy.progress import duration
 from deploy.status import read_status
 
@@ -40,12 +40,13 @@ def write_report(folder: CampaignFolder | Path | str) -> Path:
     status = read_status(campaign)
     records, result = campaign.read_episodes(), status["result"]
     light = frontier_image(records, result)
+    alone = len(groups_of(records)) == 1 and "search" not in groups_of(records)  # one rule: nothing was learned
     body = [
         _head(status, records),
         _result_section(result),
-        _comparison_section(records, result),
+        _comparison_section(records, result) if not alone else "",
         _picture("Accuracy against compression", light, frontier_image(records, result, dark=True)),
-        _picture("Learning", learning_image(records), learning_image(records, dark=True)),
+        _picture("Learning", learning_image(records), learning_image(records, dark=True)) if not alone else "",
         _settings_section(campaign),
     ]
     write_atomic(campaign.frontier_png, light)
@@ -118,14 +119,16 @@ def _result_section(result: Record | None) -> str:
     baseline = result.get("baseline") or {}
     rows = [_baseline_row(baseline), *(_point_row(p, baseline) for p in result.get("points") or [])]
     header = (
-        "target", "parameters removed", "parameters", "MACs", "validation", "change", "test", "change",
+        "target", f"{measure_name(result)} removed", "parameters", "MACs", "validation", "change", "test", "change",
         "chosen by", "model",
     )  # fmt: skip
     note = (
         "Accuracies after recovery; changes in points from the baseline. Every choice was made on the "
         "validation images, the test images were opened once, at the end."
     )
-    return f"<h2>Result</h2>{_table(header, rows)}<p class=dim>{note}</p>"
+    if "limit" in result:
+        note = f"At most {result['max_drop']:g} points were to be lost on validation: {result['limit']}. {note}"
+    return f"<h2>Result</h2>{_table(header, rows)}<p class=dim>{_text(note)}</p>"
 
 
 def _baseline_row(baseline: Record) -> list[str]:

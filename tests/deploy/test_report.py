@@ -1,6 +1,7 @@
 """The report says what result.json says, escapes what it shows, and is honest about who won."""
 
 import base64
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -115,6 +116,25 @@ def test_the_numbers_are_those_of_result_json(finished: CampaignFolder) -> None:
         assert row["model"] == point["model"]
     assert [cells[5] for cells in points] == ["-3.32", "-8.63"]
     assert [cells[7] for cells in points] == ["-4.14", "+0.70"]
+
+
+def test_measure_and_limit_are_named(finished: CampaignFolder) -> None:
+    result = read_json(finished.result_json)
+    write_json(finished.result_json, {**result, "measure": "macs", "max_drop": 1.5, "limit": "95 % <loses> 2"})
+    page = write_report(finished).read_text()
+    assert Tables(page).tables[0][0][1] == "MACs removed"
+    assert "At most 1.5 points were to be lost on validation: 95 % &lt;loses&gt; 2." in page
+
+
+def test_a_rule_alone_is_compared_with_nobody(finished: CampaignFolder) -> None:
+    lines = finished.episodes_jsonl.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    alone = [record for record in records if record["group"] == "taylor"]
+    finished.episodes_jsonl.write_text("".join(json.dumps(record) + "\n" for record in alone))
+    page = write_report(finished).read_text()
+    assert alone
+    assert "Who chose better?" not in page
+    assert "Result" in page
 
 
 def test_the_controls_recovered_alike_stand_beside_the_result(finished: CampaignFolder) -> None:
