@@ -2,14 +2,13 @@
 
 import copy
 import time
-from typing import Any
 
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
 from agents.policies import heuristic
-from deploy.candidates import keep_better, require_candidates, write_frontier
+from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder
 from deploy.prepare import Baseline, default_device
@@ -43,9 +42,9 @@ def play_alone(
             played = _play(env, chosen, config, progress)
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))
-            folder.append_episode([_record(chosen, played, time.perf_counter() - started_s)])
+            seconds = time.perf_counter() - started_s
+            folder.append_episode([episode_record(chosen, played, actor="driver", seconds=seconds)])
     require_candidates(folder, config)
-    write_frontier(folder, config)
 
 
 def _play(env: CompressionEnv, chosen: EpisodeOrder, config: CampaignConfig, progress: Progress) -> Rollout:
@@ -63,7 +62,3 @@ def _play(env: CompressionEnv, chosen: EpisodeOrder, config: CampaignConfig, pro
 
     policy = heuristic(chosen.policy, env.plan, seed=chosen.seed)
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)
-
-
-def _record(chosen: EpisodeOrder, played: Rollout, seconds: float) -> dict[str, Any]:
-    return episode_record(chosen, played, actor="driver", seconds=seconds)

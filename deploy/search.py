@@ -56,11 +56,23 @@ def search(
     progress: Progress,
 ) -> None:
     """Play all episodes that are not yet recorded in the folder."""
-    if _finished(folder, config):
-        return
-    if config.search.alone:
-        play_alone(folder, config, dataset, baseline, progress)
-        return
+    if not _finished(folder, config):
+        if config.search.alone:
+            play_alone(folder, config, dataset, baseline, progress)
+        else:
+            _play_on_ray(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
+    write_frontier(folder, config)
+
+
+def _play_on_ray(
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    dataset: Dataset,
+    baseline: Baseline,
+    *,
+    redis_url: str,
+    progress: Progress,
+) -> None:
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
     _check_same_server(folder, redis_url)
     with contextlib.ExitStack() as stack:
@@ -77,7 +89,6 @@ def search(
         _Watch(folder, config, brief, dataset, ledger, progress).run()
         _keep_candidates(ledger, folder, config)
     require_candidates(folder, config)
-    write_frontier(folder, config)
 
 
 def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
