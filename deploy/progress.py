@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `zeroout status` needs none of it
-    from env.training import BatchReport, EpochReport
+    from env.training_reports import BatchReport, EpochReport
 
 __all__ = [
     "ActorLine",

@@ -16,7 +16,7 @@ from deploy.progress import (
     make_progress,
 )
 from env.retraining import Metrics
-from env.training import BatchReport, EpochReport
+from env.training_reports import BatchReport, EpochReport
 
 SNAPSHOT = SearchSnapshot(
     done=3,

@@ -1,0 +1,126 @@
+"""The checkpoint of a whole training: one file, replaced after each epoch, from which only the same training goes on.
+
+Called by `env/training.py`.
+"""
+
+import copy
+import io
+import json
+import logging
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from env.data import DataConfig, Dataset
+from env.errors import UserError
+from env.files import replace_file
+
+__all__ = ["Checkpoint", "Resumable"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class Resumable(Protocol):
+    """Something whose whole state torch can save, and read with `weights_only`."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that it changes."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Be as when `state` was taken."""
+
+
+class Checkpoint:
+    """The file that keeps one training, told from others by all that its course depends on."""
+
+    def __init__(
+        self,
+        path: Path,
+        network: nn.Module,
+        dataset: Dataset,
+        data_config: DataConfig,
+        config: Any,
+        *,
+        seed: int,
+        section: str,
+    ) -> None:
+        """Take what `env.training.train` was given; `config` is its TrainConfig, `section` the name in messages."""
+        shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
+        self._path, self._section = path, section
+        self._defaults = _fields(type(config)())
+        self._identity = {
+            **_fields(config),
+            "data.flip": json.dumps(data_config.flip),
+            "data.shift_pixels": json.dumps(data_config.shift_pixels),
+            "seed": json.dumps(seed),
+            "training images": json.dumps([len(dataset.train), *dataset.image_shape]),
+            "network": json.dumps(shapes),
+        }
+
+    def save(self, training: Resumable) -> None:
+        """Replace the file, making its folder if need be; UserError when the disk does not take it."""
+        buffer = io.BytesIO()  # torch's own writer says of a full disk only that an assertion failed
+        torch.save({"identity": self._identity, **training.state_dict()}, buffer)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with replace_file(self._path) as temporary:
+                temporary.write_bytes(buffer.getbuffer())
+        except OSError as error:
+            raise UserError(
+                f"checkpoint {self._path}",
+                expected=f"{buffer.tell():,} bytes of disk that can be written",
+                got=error.strerror or repr(error),
+                remedy="make room there and resume; the epochs before it are kept",
+            ) from error
+
+    def restore(self, training: Resumable) -> None:
+        """Bring `training` to where it was saved, or leave it as it is where nothing was, or the file is broken.
+
+        A broken file is logged; UserError when it is of another training.
+        """
+        if not self._path.exists():
+            return
+        before = copy.deepcopy(training.state_dict())
+        try:
+            state = _read(self._path)
+            self._check(state["identity"])
+            training.load_state_dict(state)
+        except UserError:
+            raise
+        except Exception as error:  # foreign bytes make torch's unpickler raise nearly anything
+            _LOG.warning("checkpoint %s is broken (%s): training starts again", self._path, error)
+            training.load_state_dict(before)
+
+    def _check(self, stored: Mapping[str, str]) -> None:
+        # A field that is younger than the checkpoint stood at its default, which changes nothing.
+        known = {**self._defaults, **stored}
+        for name, wanted in self._identity.items():
+            if known.get(name) != wanted:
+                raise UserError(
+                    f"checkpoint {self._path}",
+                    expected=f"this training, with {name.replace('train.', f'{self._section}.')} {_short(wanted)}",
+                    got=_short(known.get(name, "nothing")),
+                    remedy="remove that file to train anew, or set the former value again",
+                )
+
+
+def _fields(config: Any) -> dict[str, str]:
+    return {f"train.{name}": json.dumps(value) for name, value in asdict(config).items()}
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The saved state on the CPU, or nearly any exception."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not check the sums that torch.save wrote
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"checksum of {damaged} does not agree")
+    state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
