@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from env.augment import augment, normalise
-from env.cpu_layers import cpu_layers, keep_freed_memory, quick_form
+from env.cpu_layers import cpu_layers, judges_channels_last, keep_freed_memory, quick_form
 from env.data import DataConfig, Dataset, require_batch
 from env.errors import NonFiniteError
 from env.splits import Split
@@ -60,8 +60,10 @@ def evaluate(
     right = loss = torch.zeros((), dtype=torch.float64, device=split.images.device)
     try:
         with torch.inference_mode(), _layers(network, split.images.device):
+            ordered = split.images.device.type != "cpu" or judges_channels_last(network)
             for start in range(0, len(split), batch_size):
-                images = _channels_last(normalise(split.images[start : start + batch_size], mean, std))
+                images = normalise(split.images[start : start + batch_size], mean, std)
+                images = _channels_last(images) if ordered else images
                 labels = split.labels[start : start + batch_size]
                 with _autocast(images.device, precision):
                     logits = network(images).float()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from env.cpu_layers import cpu_layers, keep_freed_memory, quick_form
+from env.cpu_layers import cpu_layers, judges_channels_last, keep_freed_memory, quick_form
 
 torch.set_num_threads(1)
 
@@ -134,3 +134,19 @@ def test_kept_memory_is_not_cleared_again() -> None:
         faults[how] = int(ended.stdout)
     assert faults["kept"] < 100
     assert faults["kept"] <= faults["as it is"]
+
+
+@pytest.mark.parametrize(
+    ("widths", "ordered"),
+    [
+        # work in registers of 8, 9 kernel places, the stride leaving a quarter of the pixels
+        ((3, 16, 16), True),  # unfilled 2, filled 4 / 4
+        ((3, 5, 7), False),  # unfilled 1 + 1 / 4, filled none
+        ((3, 8, 8), False),  # unfilled 1, filled 1 / 4
+        ((3, 8, 16), True),  # unfilled 1, filled 2 / 4
+    ],
+)
+def test_networks_of_few_channels_are_judged_in_plain_order(widths: tuple[int, ...], ordered: bool) -> None:
+    first, second, third = widths
+    network = nn.Sequential(nn.Conv2d(first, second, 3), nn.ReLU(), nn.Conv2d(second, third, 3, stride=2))
+    assert judges_channels_last(network) is ordered
