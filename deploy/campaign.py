@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.config import CampaignConfig, dump
-from deploy.export import FORMATS, export
+from deploy.export import export
 from deploy.folder import CampaignFolder, versions, write_json
+from deploy.formats import FORMATS
 from deploy.limit import within_drop
 from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress

@@ -212,8 +212,8 @@ def export(
 
     Prints the files, and a table of their sizes and latencies beside the original's (also in export/table.json).
     """
-    from deploy.export import FORMATS
     from deploy.export import export as export_networks
+    from deploy.formats import FORMATS
     from deploy.latency import render_table, write_table
 
     campaign, failures = CampaignFolder.open(folder), list[ZerooutError]()

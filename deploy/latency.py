@@ -22,8 +22,10 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from deploy.export import Source, load_exported, points_of
+from deploy.description import image_shape
+from deploy.export import points_of
 from deploy.folder import CampaignFolder, read_json, versions, write_json
+from deploy.formats import Source, load_exported
 from env.channels import adopt
 from env.compact_file import form_of_file, network_from_file
 from env.errors import UserError
@@ -207,8 +209,7 @@ def _latency(seconds: Sequence[float]) -> Latency:
 
 def _shape(path: Path) -> tuple[int, int, int]:
     """Channels, height and width, from the description beside an exported file."""
-    channels, height, width = read_json(path.with_suffix(".json"))["input"]["shape"][1:]
-    return channels, height, width
+    return image_shape(read_json(path.with_suffix(".json")))
 
 
 def _format(path: Path) -> str:

@@ -3,22 +3,19 @@
 import io
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from finished_campaign import brought, finished
 from rich.console import Console
 from torch import Tensor
 
-from deploy.config import CampaignConfig, dump
 from deploy.export import export
 from deploy.folder import CampaignFolder
 from deploy.latency import Latency, measure, render_table, write_table
-from env.channels import ChannelPlan
-from env.compact_file import NetworkForm, network_to_bytes
+from env.compact_file import network_to_bytes
 from env.errors import UserError
-from env.networks import NetworkConfig
 
 IMAGES = torch.zeros(1, 1, 1, 1)
 
@@ -75,7 +72,7 @@ def test_one_repeat_is_its_own_quartile() -> None:
     assert measured["a"] == Latency(median_ms=250, quartile1_ms=250, quartile3_ms=250, n=1)
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def _two_threads() -> Iterator[None]:
     """So that a measurement that leaves one behind is seen."""
     before = torch.get_num_threads()
@@ -84,38 +81,19 @@ def _two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def finished(path: Path, config: NetworkConfig) -> CampaignFolder:
-    """A finished campaign with one compact network."""
-    form = NetworkForm(network=config, channels=1, classes=10, image_size=8)
-    folder = CampaignFolder.create(path, dump(CampaignConfig(network=config)))
-    network = form.build(seed=1)
-    plan = ChannelPlan(network, torch.zeros(1, 1, 8, 8))
-    keep_mask = torch.ones(plan.units, dtype=torch.bool)
-    keep_mask[plan.layers[0].first] = False
-    for place in (folder.baseline, folder.recovered):
-        place.mkdir()
-    (folder.baseline / "model.safetensors").write_bytes(network_to_bytes(network, form))
-    (folder.recovered / "it.safetensors").write_bytes(network_to_bytes(plan.compact(network, keep_mask), form))
-    points = [{"target": 0.5, "parameters": 400, "macs": 7000, "model": "recovered/it.safetensors"}]
-    folder.result_json.write_text(json.dumps({"baseline": {"parameters": 900, "macs": 9900}, "points": points}))
-    return folder
-
-
-@pytest.fixture
-def campaign(tmp_path: Path) -> CampaignFolder:
-    return finished(tmp_path / "out", NetworkConfig(width=0.05))
-
-
-def test_the_table_has_the_original_and_each_file_by_runtime(campaign: CampaignFolder) -> None:
-    paths = export(campaign, formats=["safetensors", "pt2"])
-    table = write_table(campaign, paths, repeats=2)
+@pytest.mark.usefixtures("_two_threads")
+def test_the_table_has_the_original_and_each_file_by_runtime(exported: tuple[CampaignFolder, list[Path]]) -> None:
+    folder, paths = exported
+    table = write_table(folder, paths, repeats=2)
     rows = {(row["network"], row["runtime"]): row for row in table["rows"]}
     assert list(rows) == [
-        (network, runtime) for network in ("original", "0.5") for runtime in ("torch, eager", "torch.export")
+        (network, runtime)
+        for network in ("original", "0.8")
+        for runtime in ("torch, eager", "onnxruntime", "torch.export")
     ]
-    assert rows["original", "torch, eager"]["parameters"] == 900
-    assert rows["0.5", "torch.export"]["macs"] == 7000
-    assert rows["0.5", "torch.export"]["bytes"] == (campaign.export / "0.5.pt2").stat().st_size
+    assert rows["original", "torch, eager"]["parameters"] == 9000
+    assert rows["0.8", "torch.export"]["macs"] == 70000
+    assert rows["0.8", "torch.export"]["bytes"] == (folder.export / "0.8.pt2").stat().st_size
     for row in table["rows"]:
         reference = rows["original", row["runtime"]]["latency"]
         for batch in ("1", "32"):
@@ -123,27 +101,28 @@ def test_the_table_has_the_original_and_each_file_by_runtime(campaign: CampaignF
             assert latency["n"] == 2
             assert 0 < latency["quartile1_ms"] <= latency["median_ms"] <= latency["quartile3_ms"]
             assert row["speedup"][batch] == pytest.approx(reference[batch]["median_ms"] / latency["median_ms"])
-    assert json.loads((campaign.export / "table.json").read_text()) == json.loads(json.dumps(table))
+    assert json.loads((folder.export / "table.json").read_text()) == json.loads(json.dumps(table))
     assert table["machine"]["cores"] >= 1
     assert table["versions"]["torch"] == torch.__version__
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_the_original_is_measured_without_the_skip_convolutions_that_were_added(tmp_path: Path) -> None:
-    with_skips = NetworkConfig(name="resnet18", width=0.03, skips="convolution")
-    folder = finished(tmp_path / "out", with_skips)
+    folder = finished(tmp_path / "out", brought("residual", skips="convolution"))
     table = write_table(folder, export(folder, formats=["safetensors"]), repeats=1)
-    as_given = NetworkForm(network=replace(with_skips, skips="coupled"), channels=1, classes=10, image_size=8)
+    as_given = brought("residual", skips="coupled")
     assert table["rows"][0]["network"] == "original"
     assert table["rows"][0]["bytes"] == len(network_to_bytes(as_given.build(), as_given))
     assert table["rows"][0]["bytes"] < (folder.baseline / "model.safetensors").stat().st_size
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_nothing_is_timed_with_no_repeats(campaign: CampaignFolder) -> None:
-    paths = export(campaign, compression=0.5, formats=["onnx"])
+    paths = export(campaign, compression=0.5, formats=["safetensors"])
     table = write_table(campaign, paths, repeats=0)
     assert [(row["network"], row["runtime"]) for row in table["rows"]] == [
-        ("original", "onnxruntime"), ("0.5", "onnxruntime")
+        ("original", "torch, eager"), ("0.5", "torch, eager")
     ]  # fmt: skip
     assert not any("latency" in row or "speedup" in row for row in table["rows"])
     text = printed(table)
