@@ -2,11 +2,13 @@
 
 An episode climbs a fixed number of equal shares of the network. In each step the action is the shortest prefix of the
 policy's ranking that reaches the next waypoint, counted exactly, `min_width` kept. So every policy gets the same
-retraining, and none can buy more of it by pruning cheap filters. Where the prefix's last filter is so large that it
-goes past the waypoint by more than `TOLERANCE`, smaller ones are looked for in its place. Used by the rollout for one
-state and by the learner's double-Q for a batch of them.
+retraining, and none can buy more of it by pruning cheap filters. At a target, where the prefix's last filter goes too
+far past it, a few filters at the prefix's end are exchanged for others, so that the action lands. Used by the rollout
+for one state and by the learner's double-Q for a batch of them.
 """
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -17,10 +19,10 @@ from env.measure import Measure
 
 __all__ = ["TOLERANCE", "Ladder"]
 
-#: How far an action may go past its waypoint, as a share of the network as given, if any filters allow it.
+#: How far past a target an action may land, as a share of the target.
 TOLERANCE = 0.002
-#: How many smaller filters may stand in for a prefix's last one: more would be another ranking.
-_STAND_INS = 8
+#: Filters that may be given back or taken for it; each more multiplies the exchanges that are looked at.
+_MOST_EXCHANGED, _MOST_LOOKED_AT, _ROWS = 4, 5_000, 8
 
 
 class Ladder:
@@ -49,6 +51,7 @@ class Ladder:
     ) -> None:
         self.plan, self.measure = plan, measure
         self.goals = _goals(targets, waypoints)
+        self._exact = torch.isin(self.goals, torch.tensor(tuple(targets), dtype=torch.float64))
         self.least = torch.minimum(plan.widths, torch.tensor(min_width))
 
     def __len__(self) -> int:
@@ -79,38 +82,55 @@ class Ladder:
             high = torch.where(reached, middle, high)
             low = torch.where(reached, low, torch.minimum(middle + 1, high))
         prefix = removable & (position < high[:, None])
-        far = self.compression(alive & ~prefix) > goal + TOLERANCE
-        if not bool(far.any()):
-            return prefix
-        shorter = removable & (position < (high - 1)[:, None])
-        landed, mended = self._mend(shorter, removable, position, alive, goal)
-        return torch.where((far & landed)[:, None], mended, prefix)
+        far = self._exact.to(goal.device)[step.clamp(max=len(self) - 1)]
+        far = far & (self.compression(alive & ~prefix) > goal * (1 + TOLERANCE))
+        for rows in torch.split(far.nonzero().flatten(), _ROWS):  # a few at a time: each is multiplied by all exchanges
+            ends = high[rows, None]
+            prefix[rows] = self._exchanged(prefix[rows], removable[rows], position[rows], alive[rows], goal[rows], ends)
+        return prefix
 
-    def _mend(
-        self, chosen: Tensor, removable: Tensor, position: Tensor, alive: Tensor, goal: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Add a few filters to actions that fall short, so that they land: (bool [N], whether; bool [N, F], actions).
+    def _exchanged(
+        self, prefix: Tensor, removable: Tensor, position: Tensor, alive: Tensor, goal: Tensor, ends: Tensor
+    ) -> Tensor:
+        """Prefixes that go too far, changed by as few filters as it takes to land, or else to come nearest.
 
-        Each time the highest-ranked filter that lands, else the one that comes nearest without going past.
+        Within a layer the highest-ranked always go first, so that an exchange is a change of the layers' counts. Of
+        those that land with equally few filters, the one whose filters stand nearest to the prefix's end.
         """
-        units, layers = alive.shape[-1], len(self.plan.layers)
-        layer = self.plan.layer_of.to(alive.device).expand(alive.shape)
-        one = torch.eye(layers, dtype=torch.int64, device=alive.device)
-        landed = torch.zeros_like(goal, dtype=torch.bool)
-        for _ in range(_STAND_INS):
-            first = torch.full((len(goal), layers), units, device=alive.device)  # place of each layer's next filter
-            first.scatter_reduce_(1, layer, torch.where(removable & ~chosen, position, units), "amin")
-            kept = self.plan.kept_per_layer(alive & ~chosen)
-            past = self.measure.compression(self.plan, (kept[:, None] - one).clamp(min=0)) - goal[:, None]
-            lands = (past >= 0) & (past <= TOLERANCE)
-            worth = torch.where(lands, 1.0 + units - first, torch.where(past < 0, past, -torch.inf))
-            best, which = torch.where(first < units, worth, -torch.inf).max(dim=1)
-            take = ~landed & (best > -torch.inf)
-            chosen = chosen | (take[:, None] & (position == first.gather(1, which[:, None])))
-            landed = landed | (take & (best > 0))
-            if not bool((take & ~landed).any()):
+        layers, device = len(self.plan.layers), alive.device
+        order = torch.where(removable, self._rank_in_layer(position, alive), alive.shape[-1])
+        cut, spare = self.plan.kept_per_layer(prefix), self.plan.kept_per_layer(removable)
+        kept, done = self.plan.kept_per_layer(alive), torch.zeros(len(goal), dtype=torch.bool, device=device)
+        best, over = cut.clone(), self.measure.compression(self.plan, kept - cut) - goal
+        for changes in _exchanges(layers):
+            counts = cut[:, None] + changes.to(device)
+            past = self.measure.compression(self.plan, kept[:, None] - counts.clamp(min=0)) - goal[:, None]
+            allowed = (past >= 0) & ((counts >= 0) & (counts <= spare[:, None])).all(-1) & ~done[:, None]
+            fits = allowed & (past <= goal[:, None] * TOLERANCE)
+            landed = fits.any(dim=1)
+            moved = torch.where(fits, self._moved(changes.to(device), cut, order, position, ends), torch.inf)
+            which = torch.where(landed, moved.argmin(1), torch.where(allowed, past, torch.inf).argmin(1))
+            reached = past.gather(1, which[:, None]).squeeze(1)
+            better = landed | (allowed.any(dim=1) & (reached < over))
+            best[better] = counts[better, which[better]]
+            over = torch.where(better, reached, over)
+            done |= landed
+            if bool(done.all()):
                 break
-        return landed, chosen
+        return removable & (order < best[:, self.plan.layer_of.to(device)])
+
+    def _moved(self, changes: Tensor, cut: Tensor, order: Tensor, position: Tensor, ends: Tensor) -> Tensor:
+        """How far the filters of each change stand from the prefix's end, in places: float64 [N, changes]."""
+        layer = self.plan.layer_of.to(order.device)
+        within = order - cut[:, layer]  # 0 is the first filter that a layer would give up next, -1 the last it gave
+        distance = (position - ends).abs().to(torch.float64)
+        total = torch.zeros(len(order), len(changes), dtype=torch.float64, device=order.device)
+        for amount in range(-_MOST_EXCHANGED, _MOST_EXCHANGED + 1):
+            inside = (within >= 0) & (within < amount) if amount > 0 else (within < 0) & (within >= amount)
+            per_layer = torch.zeros(cut.shape, dtype=torch.float64, device=order.device)
+            per_layer.index_add_(1, layer, distance * inside)
+            total += per_layer @ (changes == amount).to(torch.float64).T
+        return total
 
     def compression(self, keep_mask: Tensor) -> Tensor:
         """The share that a mask removes: bool [..., F] -> float64 [...]."""
@@ -131,6 +151,20 @@ class Ladder:
         )
         kept = self.plan.kept_per_layer(alive)
         return place - (kept.cumsum(-1) - kept).gather(-1, layer)
+
+
+@functools.cache
+def _exchanges(layers: int) -> tuple[Tensor, ...]:
+    """By the number of filters, from one: all changes of the layers' cut counts, int64 [changes, layers]."""
+    found = []
+    for filters in range(1, _MOST_EXCHANGED + 1):
+        choices = list(itertools.combinations_with_replacement(range(2 * layers), filters))
+        if len(choices) > _MOST_LOOKED_AT:
+            break
+        signs = torch.cat([torch.eye(layers, dtype=torch.int64), -torch.eye(layers, dtype=torch.int64)])
+        changes = signs[torch.tensor(choices)].sum(dim=1)
+        found.append(changes[changes.abs().sum(dim=1) == filters])  # what is given and taken again is no change
+    return tuple(found)
 
 
 def _positions(scores: Tensor, alive: Tensor) -> Tensor:

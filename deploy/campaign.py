@@ -38,7 +38,7 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
     search(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
     recovery = Recovery(folder, config, dataset.to(default_device()), baseline, progress)
     recovery.run()
-    if config.max_drop:
+    if config.has_limit:
         within_drop(recovery)
     result = recovery.result()
     if result["points"]:

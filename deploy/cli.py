@@ -114,8 +114,8 @@ def prune(
     ] = None,
     measure: Annotated[str, typer.Option(help="What it is a share of: parameters, macs or bytes.")] = "parameters",
     max_drop: Annotated[
-        float, typer.Option(help="Instead of a share: points of validation accuracy that may be lost, e.g. 1.0.")
-    ] = 0.0,
+        float | None, typer.Option(help="Instead of a share: points of validation accuracy that may be lost, e.g. 1.0.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Prune so many times, retraining a little after each.")] = 10,
     overrides: SetOption = None,
 ) -> None:
@@ -126,7 +126,12 @@ def prune(
     """
     from deploy.config import load
 
-    targets = sorted(compression or (_FIRST_GUESSES if max_drop else (0.9,)))
+    targets = sorted(compression or ((0.9,) if max_drop is None else _FIRST_GUESSES))
+    for target in targets:
+        if not 0.0 < target < 1.0:
+            raise UserError("--compression", expected="a share inside (0, 1)", got=str(target), remedy="give e.g. 0.9")
+    if steps < 1:
+        raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
     extra = [
         *_what(model, weights, data),
         f"search.method={json.dumps(method)}",
@@ -134,7 +139,7 @@ def prune(
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",
         f"episode.waypoints={max(steps, len(targets))}",
-        f"max_drop={max_drop}",
+        f"max_drop={-1.0 if max_drop is None else max_drop}",
     ]
     _campaign(out, load(config or _default_config(data), [*extra, *(overrides or [])]), "")
 

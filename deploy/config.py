@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import tomllib
 import types
 import typing
@@ -40,9 +41,12 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
         for name, least in {"gpus_per_actor": 0, "cpus_per_actor": 0, "threads_per_actor": 0, "lease_s": 1}.items():
-            if getattr(self, name) < least:
+            if not least <= getattr(self, name) < math.inf:
                 raise UserError(
-                    f"cluster.{name}", expected=f"at least {least}", got=repr(getattr(self, name)), remedy="raise it"
+                    f"cluster.{name}",
+                    expected=f"at least {least}, and finite",
+                    got=repr(getattr(self, name)),
+                    remedy="raise it",
                 )
 
 
@@ -51,9 +55,9 @@ class CampaignConfig:
     """Everything that a campaign is, section by section."""
 
     seed: int = 0
-    # Points of validation accuracy that may be lost; 0 = off. Then one network comes back, the smallest that holds:
-    # episode.targets are the first guesses, and the gap between them is halved until it is found.
-    max_drop: float = 0.0
+    # Points of validation accuracy that may be lost; -1 = off. Where given, one network comes back, the smallest that
+    # holds: episode.targets are the first guesses, and the gap between them is halved until it is found.
+    max_drop: float = -1.0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     baseline: TrainConfig = field(default_factory=TrainConfig)  # training from scratch, where no weights are given
@@ -68,10 +72,18 @@ class CampaignConfig:
 
     def __post_init__(self) -> None:
         """Check what belongs to no section; raises UserError."""
-        if not 0.0 <= self.max_drop < 100.0:
+        if not (0.0 <= self.max_drop < 100.0 or self.max_drop == -1.0):
             raise UserError(
-                "max_drop", expected="points in [0, 100)", got=repr(self.max_drop), remedy="1.0 allows one point"
+                "max_drop",
+                expected="points in [0, 100), or -1 for none",
+                got=repr(self.max_drop),
+                remedy="1.0 allows one point",
             )
+
+    @property
+    def has_limit(self) -> bool:
+        """Whether the smallest network within `max_drop` is looked for."""
+        return self.max_drop >= 0.0
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:

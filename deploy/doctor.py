@@ -110,7 +110,8 @@ def _guarded(name: str, check: Callable[[], Check]) -> Check:
         return Check(name=name, ok=False, detail=str(error), remedy=_install(package))
     except Exception as error:  # a check that breaks is a finding, whatever the reason
         detail = f"{type(error).__name__}: {error}"
-        return Check(name=name, ok=False, detail=detail, remedy=_install(name))
+        first = detail.splitlines()[0]
+        return Check(name=name, ok=False, detail=first, remedy="" if name == "model" else _install(name))
 
 
 def _install(package: str) -> str:

@@ -105,7 +105,14 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float
     """`start` cut to at least `target` and to less than `below`, not yet retrained; None where that cannot be."""
     config, dataset = recovery.config, recovery.dataset
     device = str(dataset.train.images.device)
-    recognizer = Recognizer(start, dataset, config.data, measure=recovery.baseline.measure, device=device)
+    recognizer = Recognizer(
+        start,
+        dataset,
+        config.data,
+        measure=recovery.baseline.measure,
+        precision=config.episode.precision,
+        device=device,
+    )
     body = recognizer.full()
     seed = derive_seed(config.seed, "limit", str(target))
     scores = recognizer.log_scores(

@@ -10,6 +10,7 @@ from torch import nn
 
 from env.channels import ChannelPlan
 from env.compression import EpisodeConfig
+from env.errors import UserError
 from env.networks import NetworkConfig, build_network
 
 __all__ = ["NetworkReport", "look_at"]
@@ -66,4 +67,12 @@ def look_at(config: NetworkConfig, *, channels: int, classes: int, image_size: i
 
     """
     network = build_network(config, channels=channels, classes=classes)
-    return NetworkReport(network, ChannelPlan(network, torch.zeros(1, channels, image_size, image_size)))
+    plan = ChannelPlan(network, torch.zeros(1, channels, image_size, image_size))
+    if plan.outputs != classes:
+        raise UserError(
+            "the network's logits",
+            expected=f"{classes} for an image, one for each class",
+            got=str(plan.outputs),
+            remedy="let the factory use classes=, or give --classes",
+        )
+    return NetworkReport(network, plan)

@@ -16,6 +16,7 @@ from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.compression import unreachable
 from env.data import Dataset, load_dataset, require_batch
 from env.errors import NonFiniteError, UserError
+from env.groups import count_logits
 from env.measure import Measure
 from env.networks import build_network
 from env.retraining import Metrics, evaluate
@@ -66,7 +67,17 @@ def preflight(config: CampaignConfig, *, on_images: Callable[[int, int], None] |
         require_batch(dataset, size)
     pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
     measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
-    problem = unreachable(ChannelPlan(pruned, torch.zeros(1, *dataset.image_shape)), measure, config.episode)
+    example = torch.zeros(1, *dataset.image_shape)
+    plan = ChannelPlan(pruned, example)
+    count_logits(pruned.train(), example.expand(2, -1, -1, -1), batch=2)  # which may answer otherwise than in eval mode
+    if plan.outputs != len(dataset.classes):
+        raise UserError(
+            "the network's logits",
+            expected=f"{len(dataset.classes)} for an image, one for each class",
+            got=str(plan.outputs),
+            remedy="let the factory use classes=",
+        )
+    problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
     return dataset

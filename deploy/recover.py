@@ -42,7 +42,7 @@ class Recovery:
     def run(self) -> None:
         """Recover the best network of every group and target."""
         for target in self.config.episode.targets:
-            if self.config.max_drop and self._nothing_holds():
+            if self.config.has_limit and self._nothing_holds():
                 return  # what loses too much needs no further recoveries
             for group in self.config.search.groups:
                 candidate = candidate_path(self.folder, group, target)
@@ -144,7 +144,7 @@ class Recovery:
 
     def _chosen(self, compared: list[dict[str, Any]]) -> dict[str, Any]:
         """The best point of each target; with max_drop the one network that was looked for, and why it is that."""
-        if self.config.max_drop:
+        if self.config.has_limit:
             limit = read_json(self.folder.recovered / LIMIT)
             points = [self._point(self.folder.path / limit["model"])] if limit["model"] else []
             return {"points": points, "max_drop": self.config.max_drop, "limit": limit["reason"]}
@@ -165,8 +165,8 @@ class Recovery:
             "test_accuracy": self._judge(network, self.dataset.test).accuracy,
             "model": str(model.relative_to(self.folder.path)),
         }
-        if abs(point["compression"] - point["target"]) > TOLERANCE and "probe" not in facts:
-            point["why_not_exact"] = "no filters that may still go are small enough to land nearer"
+        if abs(point["compression"] - point["target"]) > point["target"] * TOLERANCE and "probe" not in facts:
+            point["why_not_exact"] = "exchanging a few filters at the end of the ranking brought it no nearer"
         return point
 
 

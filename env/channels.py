@@ -16,12 +16,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from env.errors import UserError
 from env.groups import (
     CONVOLUTIONS,
     NORMS,
     PRODUCERS,
     TRANSPOSED,
     Group,
+    count_logits,
     find_groups,
     is_depthwise,
     module_tensors,
@@ -34,8 +36,9 @@ __all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt"]
 
 #: What compression can be counted in; each is a method of ChannelPlan.
 MEASURES = ("parameters", "macs", "bytes")
-#: Largest difference of logits, relative to their size, that rounding may leave between masked and compact.
-_TOLERANCE = 1e-4
+#: Masked and compact may differ by this share of what the mask changes, or by so many roundings of the largest logit.
+_TOLERANCE, _ROUNDING = 1e-4, 100.0
+_TRIALS = 3  # of random masks
 _DICTS = (dict, OrderedDict)
 
 
@@ -64,12 +67,17 @@ class ChannelPlan:
         layers: the prunable layers, in the network's order.
         layer_of: int64 [F], the layer of each unit.
         left_out: module name -> why it is not pruned.
+        outputs: how many logits the network returns for an image.
+
+    Raises:
+        UserError: the network cannot be copied, run or traced, or does not return logits [1, outputs].
 
     """
 
     def __init__(self, network: nn.Module, example: Tensor) -> None:
         with torch.inference_mode(False), torch.enable_grad():  # the graph is read from the gradients' own
-            model = copy.deepcopy(network).eval().requires_grad_(True)
+            model = _copied(network).eval().requires_grad_(True)
+            self.outputs = count_logits(model, example.clone())
             groups, self.left_out = find_groups(model, example.clone())
         self._assign(model, groups)
         broken = _broken(self, model, example)
@@ -80,7 +88,7 @@ class ChannelPlan:
         tensors: dict[str, Tensor] = dict(model.named_parameters())
         self._costs = {
             "parameters": self._cost(dict.fromkeys(tensors, 1), tensors),
-            "macs": self._cost(_positions(model, example), dict(model.named_parameters(remove_duplicate=False))),
+            "macs": self._cost(_positions(model, example), _weights(model)),
         }
         tensors |= dict(model.named_buffers())
         self._costs["bytes"] = self._cost({name: t.element_size() for name, t in tensors.items()}, tensors)
@@ -269,7 +277,11 @@ def _broken(plan: ChannelPlan, model: nn.Module, example: Tensor) -> dict[int, s
     with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
         model = _perturbed(model)
-        images = torch.randn(2, *example.shape[1:], device=example.device)
+        images = torch.randn(2, *example.shape[1:], device=example.device, dtype=torch.float64)
+        try:
+            model(images)
+        except Exception:  # a forward that insists on float32
+            model, images = model.float(), images.float()
         layers = range(len(plan.layers))
         if _disagreement(plan, model, images, layers) is None:
             return {}
@@ -285,30 +297,37 @@ def _broken(plan: ChannelPlan, model: nn.Module, example: Tensor) -> dict[int, s
 
 
 def _disagreement(plan: ChannelPlan, model: nn.Module, images: Tensor, layers: Sequence[int]) -> str | None:
-    """How masked and compact differ where a third of each of these layers is taken out, or None."""
-    for _ in range(2):
+    """How masked and compact differ where random shares of these layers are taken out, or None.
+
+    Each layer loses a share of its own: layers that must stay alike would not show otherwise.
+    """
+    full = model(images)
+    for _ in range(_TRIALS):
         keep_mask = torch.ones(plan.units, dtype=torch.bool)
         for layer in (plan.layers[index] for index in layers):
-            going = torch.randperm(layer.units)[: min(max(1, layer.units // 3), layer.units - 1)]
-            keep_mask[layer.first + going] = False
+            going = torch.randperm(layer.units)[: int(torch.randint(1, max(layer.units, 2), ()))]
+            keep_mask[layer.first + going[: layer.units - 1]] = False
         masked = copy.deepcopy(model)
         attach_zero_out(masked, plan, keep_mask)
         try:
-            expected, compact = masked(images), plan.compact(model, keep_mask)(images)
+            silenced = masked(images)
+            compact = plan.compact(model, keep_mask)(images)
         except Exception as error:  # whatever a forward raises that counts on its channels
             return f"the network does not run without some of its channels ({(str(error).splitlines() or [''])[0]})"
-        if compact.shape != expected.shape or not _alike(compact, expected):
+        if compact.shape != silenced.shape or not _alike(compact, silenced, full):
             return "taking its channels out is not the same as silencing them: something past it mixes them otherwise"
     return None
 
 
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= _TOLERANCE * other.abs().max())
+def _alike(compact: Tensor, silenced: Tensor, full: Tensor) -> bool:
+    """Whether they differ by no more than rounding, which is small beside what silencing changes."""
+    rounding = _ROUNDING * torch.finfo(full.dtype).eps * full.abs().max()
+    return bool((compact - silenced).abs().max() <= torch.maximum(_TOLERANCE * (silenced - full).abs().max(), rounding))
 
 
 def _perturbed(model: nn.Module) -> nn.Module:
     """A copy in which nothing is exactly 0 or 1, so that no shift or scale of a fresh network hides a mistake."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).double()  # so that little differences are not taken for rounding
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.numel():
             tensor.mul_(torch.rand_like(tensor) + 0.5)
@@ -316,6 +335,23 @@ def _perturbed(model: nn.Module) -> nn.Module:
                 scale = tensor.square().mean().sqrt()
                 tensor.add_(torch.randn_like(tensor), alpha=0.1 * float(scale or 1.0))
     return model
+
+
+def _copied(network: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(network)
+    except Exception as error:  # torch's old weight_norm, modules that hold locks or files
+        raise UserError(
+            f"network {type(network).__name__}",
+            expected="a network that copy.deepcopy can copy",
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="use torch.nn.utils.parametrizations instead of the old weight_norm, or mend its state",
+        ) from error
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    """The weight of every convolution and linear layer, also of one that is computed from other parameters."""
+    return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, PRODUCERS)}
 
 
 def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
@@ -329,7 +365,8 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
                 # a transposed convolution uses each weight once per *input* position
                 seen = inputs[0] if isinstance(module, TRANSPOSED) else output
                 channels = seen.shape[-1] if isinstance(module, nn.Linear) else seen.shape[1]
-                positions[f"{name}.weight"] += seen.numel() // (seen.shape[0] * channels)
+                # not by the module's own batch: a forward may fold patches of the one image into it
+                positions[f"{name}.weight"] += seen.numel() // channels
 
             handles.append(module.register_forward_hook(count))
     with torch.no_grad():

@@ -23,6 +23,7 @@ __all__ = [
     "TRANSPOSED",
     "Group",
     "Member",
+    "count_logits",
     "find_groups",
     "is_depthwise",
     "module_tensors",
@@ -88,12 +89,39 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
     for group, reason in traced:
         unsure = next((m.module for m in group.members if (m.module, m.output) in doubtful), None)
         if not reason and unsure is not None:
-            reason = f"{unsure} reads channels that come from outside any layer: their places are not known"
+            reason = f"{unsure} reads channels whose places are not known (from the input, or mixed on the way)"
         if reason:
             left_out.update(dict.fromkeys(group.producers, reason))
         else:
             sound += _parted(group)
     return sorted(sound, key=lambda group: order[group.producers[0]]), left_out
+
+
+def count_logits(model: nn.Module, example: Tensor, *, batch: int = 1) -> int:
+    """How many logits the network returns for an image; UserError where it returns anything but float [batch, N]."""
+    try:
+        answer = model(example)
+    except Exception as error:  # whatever a user's forward raises
+        raise _cannot_run(model, example, error) from error
+    if not isinstance(answer, Tensor) or answer.dim() != 2 or len(answer) != batch:
+        shape = f"{list(answer.shape)}" if isinstance(answer, Tensor) else f"a {type(answer).__name__}"
+        mode = "training" if model.training else "eval"
+        raise UserError(
+            f"network {type(model).__name__} in {mode} mode",
+            expected=f"logits [{batch}, classes] for images {list(example.shape)}",
+            got=shape,
+            remedy="wrap it so that its forward returns the logits alone",
+        )
+    return answer.shape[1]
+
+
+def _cannot_run(model: nn.Module, example: Tensor, error: Exception) -> UserError:
+    return UserError(
+        f"network {type(model).__name__}",
+        expected=f"a forward that takes float32 {list(example.shape)} and returns logits",
+        got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        remedy="give images of the size and channels it is made for, or mend its forward",
+    )
 
 
 def _trace(model: nn.Module, example: Tensor) -> list[tp.Group]:
@@ -102,13 +130,8 @@ def _trace(model: nn.Module, example: Tensor) -> list[tp.Group]:
         try:
             graph = tp.DependencyGraph().build_dependency(model, example_inputs=example)
             return list(graph.get_all_groups(root_module_types=[*PRODUCERS]))
-        except Exception as error:  # whatever a user's forward, or the tracer on its way through it, raises
-            raise UserError(
-                f"network {type(model).__name__}",
-                expected=f"a forward that takes float32 {list(example.shape)} and returns logits",
-                got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-                remedy="give images of the size and channels it is made for, or mend its forward",
-            ) from error
+        except Exception as error:  # whatever the tracer meets on its way through a user's forward
+            raise _cannot_run(model, example, error) from error
 
 
 def _members(group: tp.Group, names: Mapping[nn.Module, str]) -> Iterator[Member]:
@@ -133,6 +156,8 @@ def _why_not(members: list[Member], model: nn.Module) -> str | None:
         module = model.get_submodule(member.module)
         if not isinstance(module, (*PRODUCERS, *NORMS)):
             return f"{member.module} is a {type(module).__name__}, which is not known to be safe to slice"
+        if any(key not in module._parameters for key in ("weight", "bias")) and not isinstance(module, NORMS):
+            return f"{member.module} computes its weights from other parameters"
         if member.module in shared:
             return f"{member.module} shares its weights with {shared[member.module]}"
     if all(member.output for member in members):

@@ -9,6 +9,7 @@ count, and no activation works in place: a ZeroOut layer or a hook may stand aft
 """
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,18 +232,25 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     unreadable, or holds anything but finite tensors by name.
     """
     if not path.is_file():
-        raise UserError(f"weights {path}", expected="a file", got="no such file", remedy="correct network.weights")
+        got = "a folder" if path.is_dir() else "no such file"
+        raise UserError(f"weights {path}", expected="a file", got=got, remedy="correct network.weights")
     try:
         state = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
     except Exception as error:  # foreign bytes make torch's unpickler raise nearly anything
         raise UserError(
             f"weights {path}",
             expected="a readable state dict (.safetensors, or written by torch.save)",
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            got=f"{type(error).__name__}{_said(error)}",
             remedy="save it again with torch.save(network.state_dict(), path)",
         ) from error
     _check_entries(state, path)
     return state
+
+
+def _said(error: Exception) -> str:
+    """What an error says, in short; not torch's advice to load pickles that may run code."""
+    text = (str(error).splitlines() or [""])[0]
+    return "" if "weights_only" in text else f": {text}"
 
 
 def _load_pickled(path: Path) -> dict[str, Tensor]:
@@ -258,6 +266,8 @@ def _check_entries(state: Mapping[str, object], path: Path) -> None:
     for name, value in state.items():
         if not isinstance(value, Tensor):
             problem = f"a {type(value).__name__}"
+        elif value.layout != torch.strided or value.is_complex():
+            problem = f"a tensor that is {'complex' if value.is_complex() else value.layout}"
         elif value.is_floating_point() and not bool(value.isfinite().all()):
             problem = "values that are NaN or infinite"
         else:
@@ -274,7 +284,7 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     wanted = network.state_dict()
     missing = [name for name in wanted if name not in state]
     unexpected = [name for name in state if name not in wanted]
-    misshapen = [name for name in wanted if name in state and state[name].shape != wanted[name].shape]
+    misshapen = [name for name in wanted if name in state and not _fits(state[name], wanted[name])]
     if not (missing or unexpected or misshapen):
         network.load_state_dict(state)
         return
@@ -282,10 +292,13 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     if missing:
         found.append(f"{len(missing)} missing (first {missing[0]})")
     if unexpected:
-        found.append(f"{len(unexpected)} unexpected (first {unexpected[0]})")
+        wrapped = (
+            "; saved from a DataParallel network" if all(name.startswith("module.") for name in unexpected) else ""
+        )
+        found.append(f"{len(unexpected)} unexpected (first {unexpected[0]}{wrapped})")
     if misshapen:
         name = misshapen[0]
-        shapes = f"{list(state[name].shape)} for {list(wanted[name].shape)}"
+        shapes = f"{_kind(state[name])} for {_kind(wanted[name])}"
         found.append(f"{len(misshapen)} misshapen (first {name}: {shapes})")
     raise UserError(
         f"weights {path}",
@@ -293,6 +306,14 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
         got=", ".join(found),
         remedy="give weights of the same network, width, channels and classes",
     )
+
+
+def _fits(given: Tensor, wanted: Tensor) -> bool:
+    return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{'' if tensor.is_floating_point() else 'whole numbers '}{list(tensor.shape)}"
 
 
 def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
@@ -307,13 +328,22 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
             remedy="start where the package can be imported, or correct the name",
         ) from error
     try:
-        network = function(channels=channels, classes=classes)
-    except TypeError as error:  # not a function of these, or one that cannot take such sizes
+        inspect.signature(function).bind(channels=channels, classes=classes)
+    except (TypeError, ValueError) as error:  # not a function of these, or nothing that can be called
         raise UserError(
             "network.factory",
             expected="a function that takes channels= and classes=",
             got=f"{factory} ({error})",
             remedy="give it these two arguments",
+        ) from error
+    try:
+        network = function(channels=channels, classes=classes)
+    except Exception as error:  # whatever a user's code raises
+        raise UserError(
+            "network.factory",
+            expected=f"a network for {channels} channels and {classes} classes from {factory}",
+            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            remedy="mend the factory",
         ) from error
     if not isinstance(network, nn.Module):
         raise UserError(

@@ -19,17 +19,19 @@ __all__ = ["ZeroOut", "attach_zero_out"]
 
 
 class ZeroOut(nn.Module):
-    """Multiplies channel c of its input by `keep_mask[c]`: [B, C, ...] -> [B, C, ...]."""
+    """Multiplies channel c of its input by `keep_mask[c]`: [B, C, ...] -> [B, C, ...], or with the channels last."""
 
     keep_mask: Tensor
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, last: bool = False) -> None:
         super().__init__()
+        self.last = last
         self.register_buffer("keep_mask", torch.ones(channels))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Silence the channels whose bit is 0."""
-        return inputs * self.keep_mask.to(inputs.dtype).view(1, -1, *[1] * (inputs.dim() - 2))
+        mask = self.keep_mask.to(inputs.dtype)
+        return inputs * (mask if self.last else mask.view(1, -1, *[1] * (inputs.dim() - 2)))
 
 
 def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) -> list[ZeroOut]:
@@ -45,7 +47,7 @@ def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) 
     for name in dict.fromkeys(name for layer in plan.layers for name in layer.modules):
         module = network.get_submodule(name)
         owner = _output_owner(name, module, plan)
-        zero_out = ZeroOut(len(owner))
+        zero_out = ZeroOut(len(owner), last=isinstance(module, nn.Linear))
         zero_out.keep_mask.copy_(((owner < 0) | keep_mask[owner.clamp(min=0)]).float())
         zero_out.to(next(iter(module_tensors(module).values())).device)
         module.register_forward_hook(lambda _module, _inputs, output, layer=zero_out: layer(output))

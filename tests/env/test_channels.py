@@ -258,6 +258,44 @@ def test_shared_weights_stay_shared_and_leave_the_original_alone() -> None:
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("network", "got"),
+    [
+        (lambda images: (images.mean((2, 3)), None), "a tuple"),
+        (lambda images: {"logits": images.mean((2, 3))}, "a dict"),
+        (lambda images: images, r"\[1, 3, 8, 8\]"),
+        (lambda images: images.mean(), r"\[\]"),
+    ],
+)
+def test_a_network_must_return_logits(network: Any, got: str) -> None:
+    class Made(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 3, 1)
+
+        def forward(self, images: Tensor) -> Any:
+            return network(self.convolution(images))
+
+    with pytest.raises(UserError, match=rf"network Made in eval mode: expected logits \[1, classes\] .* got {got}"):
+        ChannelPlan(Made(), EXAMPLE)
+
+
+def test_a_mistake_that_is_small_beside_the_logits_is_found() -> None:
+    class Hidden(nn.Module):
+        """Channels rolled by one, and a large bias that hides what that does."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.after, self.classifier = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 6, 3), nn.Linear(6, 4)
+            nn.init.constant_(self.classifier.bias, 1e4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = torch.relu(self.before(images)).roll(1, dims=1)
+            return self.classifier(torch.relu(self.after(maps)).mean((2, 3)))  # type: ignore[no-any-return]
+
+    assert "not the same as silencing" in ChannelPlan(Hidden(), EXAMPLE).left_out["before"]
+
+
 class Unsure(nn.Module):
     """A network whose forward fails."""
 

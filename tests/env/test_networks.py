@@ -1,3 +1,5 @@
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,44 @@ def test_residual_networks_are_as_deep_as_their_names_say() -> None:
     for make, depth in ((resnet18, 18), (resnet34, 34), (resnet56, 56)):
         on_the_way = [m for n, m in make(width=0.1).named_modules() if "shortcut" not in n]
         assert sum(isinstance(module, nn.Conv2d | nn.Linear) for module in on_the_way) == depth
+
+
+def broken_factory(*, channels: int, classes: int) -> nn.Module:
+    raise KeyError(f"no network for {classes} classes")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "broken_factory",
+            "expected a network for 3 channels and 4 classes .* got KeyError: 'no network for 4 classes'",
+        ),
+        ("parameters", "expected a function that takes channels= and classes="),
+    ],
+)
+def test_a_factory_that_fails_is_told_with_what_it_said(
+    monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    own = types.SimpleNamespace(broken_factory=broken_factory, parameters=parameters)
+    monkeypatch.setitem(sys.modules, "own_networks", own)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=rf"network\.factory: {message}"):
+        build_network(NetworkConfig(factory=f"own_networks:{name}"), channels=3, classes=4)
+
+
+@pytest.mark.parametrize("value", [torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64)])
+def test_weights_that_no_layer_has_are_refused(tmp_path: Path, value: torch.Tensor) -> None:
+    torch.save({"odd": value}, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match="entry odd: expected a tensor of finite numbers"):
+        load_weights(small(width=0.1), tmp_path / "weights.pt")
+
+
+def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    network = small(width=0.1)
+    state = {name: value.to(torch.int64) for name, value in network.state_dict().items()}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(UserError, match=r"misshapen \(first features.0.weight: whole numbers \[3, 1, 3, 3\] for"):
+        load_weights(network, tmp_path / "weights.pt")
 
 
 def test_skip_convolutions_where_there_are_no_skips_are_refused() -> None:

@@ -207,6 +207,63 @@ class Between(nn.Module):
         return cast(Tensor, self.classifier(torch.relu(self.after(maps)).mean((2, 3))))
 
 
+class Patches(nn.Module):
+    """The image cut into four, which a convolution reads as a batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 5, 3), nn.Conv2d(5, 6, 1)
+        self.classifier = nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        patches = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 4, 4)
+        maps = torch.relu(self.second(torch.relu(self.first(patches)))).mean((2, 3))
+        return cast(Tensor, self.classifier(maps.view(len(images), 4, -1).mean(1)))
+
+
+class ChannelsLast(nn.Module):
+    """A linear layer on maps whose channels are turned to the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inside = nn.Conv2d(3, 5, 3), nn.Linear(5, 7)
+        self.classifier = nn.Linear(7, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.first(images)).permute(0, 2, 3, 1)
+        return cast(Tensor, self.classifier(torch.relu(self.inside(maps)).mean((1, 2))))
+
+
+class HalvesReadApart(nn.Module):
+    """A convolution of which two others read one half each: as many must stay in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before = nn.Conv2d(3, 8, 3)
+        self.left, self.right = nn.Conv2d(4, 6, 1), nn.Conv2d(4, 6, 1)
+        self.after = nn.Conv2d(12, 5, 1)
+        self.classifier = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.before(images))
+        half = maps.shape[1] // 2
+        both = torch.cat([self.left(maps[:, :half]), self.right(maps[:, half:])], dim=1)
+        return cast(Tensor, self.classifier(torch.relu(self.after(torch.relu(both))).mean((2, 3))))
+
+
+class ComputedWeight(nn.Module):
+    """A convolution whose weight is computed from two other parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 5, 3))
+        self.second = nn.Conv2d(5, 6, 1)
+        self.classifier = nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.classifier(torch.relu(self.second(torch.relu(self.first(images)))).mean((2, 3))))
+
+
 class Scaled(nn.Module):
     """A convolution whose output a bare parameter scales."""
 
@@ -371,19 +428,23 @@ PRUNABLE: dict[str, Callable[[], nn.Module]] = {
     "read past its norm": ReadPastItsNorm,
     "a function that is 0 at 0": lambda: Between(lambda maps, _: F.gelu(maps)),
     "both signs joined": lambda: Between(lambda maps, _: torch.cat([maps.relu(), (-maps).relu()], 1), reads=16),
+    "patches in the batch": Patches,
+    "channels last": ChannelsLast,
     "a user's factory": lambda: factory(channels=3, classes=CLASSES),
 }
 #: Name -> how to make it, the first layer that is left out, a part of the reason.
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "joined with the input": (lambda: Joined(with_input=True), "first", "come from outside any layer"),
+    "joined with the input": (lambda: Joined(with_input=True), "first", "whose places are not known"),
     "bare parameter": (Scaled, "first", "a bare nn.Parameter"),
     "channel multiplier": (lambda: grouped(4, 8, 4), "0", "single channel in a group"),
+    "halves read apart": (HalvesReadApart, "before", "does not run without some of its channels"),
+    "computed weight": (ComputedWeight, "first", "computes its weights from other parameters"),
     "tied weights": (Tied, "second", "second shares its weights with third"),
     "channels exchanged": (lambda: Between(shuffled), "before", "not the same as silencing"),
     "channels halved": (
         lambda: Between(lambda maps, _: maps[:, :4].relu() * maps[:, 4:], reads=4),
         "before",
-        "does not run without some of its channels",
+        "not the same as silencing",
     ),
     "a function that is not 0 at 0": (
         lambda: Between(lambda maps, _: maps.sigmoid()),
