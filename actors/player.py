@@ -7,7 +7,7 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,12 @@ from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes
 from env.compression import CompressionEnv, EpisodeConfig
 from env.data import DataConfig, Dataset
+from env.importance import FEATURES
 from env.measure import Measure
 from env.recognizer import Recognizer
 from env.seeds import derive_seed
-from learner.learner import LearnerConfig
+from learner.learner import LearnerConfig, first_priorities
+from learner.packing import MaskPacking
 from learner.replay.codec import encode
 from learner.replay.connection import connect
 from learner.replay.ledger import Ledger
@@ -70,6 +72,10 @@ class Brief:
             waypoints=self.episode.waypoints,
             min_width=self.episode.min_width,
         )
+
+    def packing(self, plan: ChannelPlan) -> MaskPacking:
+        """How observations and actions travel; what the Controller does not read stays behind."""
+        return MaskPacking(plan.units, len(FEATURES) if self.controller.observation == "features" else 0)
 
     def network(self) -> torch.nn.Module:
         """The baseline, on the CPU."""
@@ -199,10 +205,8 @@ class Player:
         self.services.ledger.beat(self.name, json.dumps(state))
 
     def _items(self, episode: int, played: Rollout) -> Iterator[Item]:
-        trace = played.trace
-        if self.brief.controller.observation == "mask":
-            trace = replace(trace, features=trace.features[..., :0])
-        for number, sequence in enumerate(cut(trace, self.brief.sequences)):
-            # a new sequence is sampled soon: its priority is its largest reward, or 1 where it has none
-            priority = max(1.0, float(np.abs(sequence["rewards"]).max()))
+        brief, packing = self.brief, self.brief.packing(self.plan)
+        sequences = cut(played.trace, brief.sequences, packing)
+        priorities = first_priorities(self._controller, self.ladder, sequences, brief.learner, brief.sequences, packing)
+        for number, (sequence, priority) in enumerate(zip(sequences, priorities.tolist(), strict=True)):
             yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)

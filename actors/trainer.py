@@ -35,13 +35,19 @@ class Trainer:
         plan = ChannelPlan(brief.network(), torch.zeros(1, *brief.image_shape))
         self.services = Services(brief, "learner")
         self.learner = Learner(
-            new_controller(brief, plan), brief.ladder(plan), self.services.replay, brief.learner, brief.sequences
+            new_controller(brief, plan),
+            brief.ladder(plan),
+            self.services.replay,
+            brief.learner,
+            brief.sequences,
+            brief.packing(plan),
         )
         saved = checkpoint.load_newest(checkpoints)
         if saved is not None:
             self.learner.load_state_dict(saved)
         self._beat_at = 0.0
         self._last: UpdateReport | None = None
+        self._delta_q: tuple[float, float] | None = None
         self._publish()
 
     def run(self) -> int:
@@ -63,7 +69,7 @@ class Trainer:
         return ledger.stop_requested() or ledger.remaining() <= schedule.total - schedule.per_group
 
     def _after(self, report: UpdateReport) -> None:
-        self._last = report
+        self._last, self._delta_q = report, report.delta_q or self._delta_q
         if report.updates % self.brief.learner.publish_period == 0:
             self._publish()
         if report.updates % self.brief.learner.checkpoint_period == 0:
@@ -87,4 +93,6 @@ class Trainer:
         }
         if self._last is not None:
             state |= {"loss": self._last.loss, "mean_priority": self._last.mean_priority}
+        if self._delta_q is not None:
+            state |= {"delta_q_first": self._delta_q[0], "delta_q_last": self._delta_q[1]}
         self.services.ledger.beat("learner", json.dumps(state))

@@ -18,13 +18,12 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from agents.network import Judgement, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
 
-__all__ = ["Controller", "ControllerConfig", "Judgement", "Observations", "RecurrentState", "set_value"]
-
-RecurrentState = tuple[Tensor, Tensor]  # LSTM h and c, each float32 [B, H]
+__all__ = ["Controller", "ControllerConfig", "Observations", "set_value"]
 
 _SOFT_LIMIT = 5.0  # natural-log units; filters that do nothing at all would otherwise dominate every mean
 
@@ -72,17 +71,20 @@ class Observations:
             features=self.features[time],
         )
 
+    def to(self, device: torch.device | str) -> "Observations":
+        """The same on another device."""
+        return Observations(
+            accuracy=self.accuracy.to(device),
+            compression=self.compression.to(device),
+            keep_mask=self.keep_mask.to(device),
+            features=self.features.to(device),
+        )
 
-@dataclass(frozen=True, kw_only=True)
-class Judgement:
-    """What the Controller says of T x B states."""
 
-    value: Tensor  # float32 [T, B]
-    advantage: Tensor  # float32 [T, B, F], natural-log units; the highest goes first
+class Controller(QNetwork):
+    """LSTM Q-network over sets of filters; one class for both observations.
 
-
-class Controller(nn.Module):
-    """LSTM Q-network; one class for both observations.
+    Its advantages are float32 [T, B, F] in natural-log units; the highest goes first.
 
     Args:
         config: sizes and kind of observation.
@@ -94,7 +96,7 @@ class Controller(nn.Module):
 
     def __init__(self, config: ControllerConfig, plan: ChannelPlan) -> None:
         super().__init__()
-        self.config, self.plan = config, plan
+        self.config, self.plan, self.hidden_size = config, plan, config.hidden_size
         layers, hidden = len(plan.layers), config.hidden_size
         self.register_buffer("layer_of", plan.layer_of, persistent=False)
         picture = plan.units if config.observation == "mask" else layers
@@ -114,11 +116,6 @@ class Controller(nn.Module):
             _zero(self.layer_term)
         _zero(self.value[-1])
 
-    def initial_state(self, batch: int = 1) -> RecurrentState:
-        """The state at the start of an episode: zeros [B, H]."""
-        zeros = torch.zeros(batch, self.config.hidden_size, device=self.layer_of.device)
-        return zeros, zeros.clone()
-
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
         """Judge T x B states in a row, starting from `state`."""
         kept = self.plan.kept_per_layer(seen.keep_mask)
@@ -132,9 +129,16 @@ class Controller(nn.Module):
             advantage = self._judge_filters(seen, memory, kept, alive_share.float())
         return Judgement(value=self.value(memory).squeeze(-1), advantage=advantage), (h[0], c[0])
 
-    def q_of(self, judgement: Judgement, action: Tensor, alive: Tensor) -> Tensor:
+    def q_of(self, judgement: Judgement, action: Tensor, seen: Observations) -> Tensor:
         """Q(s, A) for sets of filters: bool [T, B, F] -> float32 [T, B]."""
-        return set_value(judgement, action, alive, scale=self.config.advantage_scale)
+        return set_value(judgement, action, seen.keep_mask, scale=self.config.advantage_scale)
+
+    def q_all(self, judgement: Judgement, seen: Observations) -> Tensor:
+        """Q of removing each filter alone, float32 [T, B, F]; V where it is gone."""
+        everyone = _masked_mean(judgement.advantage, seen.keep_mask)[..., None]
+        return judgement.value[..., None] + self.config.advantage_scale * torch.where(
+            seen.keep_mask, judgement.advantage - everyone, 0.0
+        )
 
     def _judge_filters(self, seen: Observations, memory: Tensor, kept: Tensor, alive_share: Tensor) -> Tensor:
         prior, inputs = self._filter_inputs(seen, kept, alive_share)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from agents.controller import Observations
+from agents.network import Judgement
 from env.channels import ChannelPlan
 from env.measure import Measure
 
@@ -131,6 +133,11 @@ class Ladder:
             per_layer.index_add_(1, layer, distance * inside)
             total += per_layer @ (changes == amount).to(torch.float64).T
         return total
+
+    def greedy(self, judgement: Judgement, seen: Observations, step: Tensor) -> Tensor:
+        """The set that a Controller's advantages ask for at each step: bool [T, B, F]."""
+        alive = seen.keep_mask
+        return self.cut(judgement.advantage.flatten(0, 1), alive.flatten(0, 1), step.flatten()).view(alive.shape)
 
     def compression(self, keep_mask: Tensor) -> Tensor:
         """The share that a mask removes: bool [..., F] -> float64 [...]."""

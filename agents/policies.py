@@ -1,6 +1,7 @@
 """Policies: whoever ranks the filters. All of them read the same observation and leave the cut to the ladder.
 
-`Policy` is the interface; the heuristics are not learned, `ControllerPolicy` plays a Controller with exploration.
+`Policy` is the interface; the heuristics are not learned, `ControllerPolicy` plays a Controller with exploration, and
+`Climber` makes actions of rankings.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.controller import Controller, Observations, RecurrentState
+from agents.controller import Controller, Observations
+from agents.ladder import Ladder
+from agents.network import RecurrentState
 from env.channels import ChannelPlan
 from env.importance import FEATURES
 
-__all__ = ["HEURISTICS", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
+__all__ = ["HEURISTICS", "Climber", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
 
 Observation = Mapping[str, Any]  # as Compression-v0 gives it: numpy arrays, one state
 
@@ -175,6 +178,26 @@ class Shadowed:
         """The policy's own ranking."""
         self._shadow.rank(observation)
         return self._policy.rank(observation)
+
+
+class Climber:
+    """Takes an episode up the ladder: a policy's ranking, cut at each waypoint."""
+
+    def __init__(self, policy: Policy, ladder: Ladder) -> None:
+        self._policy, self._ladder, self._step = policy, ladder, 0
+
+    @property
+    def recurrent_state(self) -> RecurrentState | None:
+        """The policy's own."""
+        return self._policy.recurrent_state
+
+    def act(self, observation: Observation) -> np.ndarray:
+        """The filters to zero, int8 [F]."""
+        scores = self._policy.rank(observation)
+        alive = torch.as_tensor(observation["keep_mask"]).bool()
+        action = self._ladder.cut(scores[None], alive[None], torch.tensor([self._step]))
+        self._step += 1
+        return action[0].numpy().astype(np.int8)
 
 
 def observe(observation: Observation) -> Observations:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deploy.config import CampaignConfig, dump
+from deploy.config import CampaignConfig, dump, parse
 from deploy.export import export
 from deploy.folder import CampaignFolder, versions, write_json
 from deploy.formats import FORMATS
@@ -25,13 +25,13 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
 
     Whatever a user can get wrong is looked at first, before the folder is made or anything in it is touched.
     """
-    folder = CampaignFolder.check(out, dump(config))
+    folder = CampaignFolder.check(out, dump(config), _resolved)
     if redis_url:
         with contextlib.closing(connect(redis_url)) as client:
             check_server(client, redis_url)
     progress.stage("prepare", "images")
     dataset = preflight(config, on_images=partial(progress.share, "images"))
-    folder = CampaignFolder.create(out, dump(config))
+    folder = CampaignFolder.create(out, dump(config), _resolved)
     if not folder.versions_json.is_file():
         write_json(folder.versions_json, versions())
     baseline = prepare(folder, config, dataset, progress)
@@ -46,3 +46,7 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
         export(folder, dataset=dataset, warn=lambda failure: progress.note(str(failure)))
     write_report(folder)
     return result
+
+
+def _resolved(campaign_toml: str) -> str:
+    return dump(parse(campaign_toml, name="campaign.toml"))

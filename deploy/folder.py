@@ -16,7 +16,7 @@ import platform
 import re
 import subprocess
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -105,25 +105,28 @@ class CampaignFolder:
         return folder
 
     @classmethod
-    def check(cls, path: Path | str, campaign_toml: str) -> Self:
-        """Return the folder if `create` would take it; UserError when it holds another campaign or foreign files."""
+    def check(cls, path: Path | str, campaign_toml: str, resolve: Callable[[str], str] = str) -> Self:
+        """Return the folder if `create` would take it; UserError when it holds another campaign or foreign files.
+
+        `resolve` writes out what a campaign.toml leaves to defaults: an older version did not know every key.
+        """
         folder = cls(Path(path))
         nearest = next(place for place in (folder.path, *folder.path.absolute().parents) if place.exists())
         if not nearest.is_dir():
             raise UserError(str(nearest), expected="a folder", got="a file", remedy="give another --out")
         if folder.campaign_toml.is_file():
-            folder._check_same_campaign(campaign_toml)
+            folder._check_same_campaign(campaign_toml, resolve)
         else:
             folder._check_no_foreign_files()
         return folder
 
     @classmethod
-    def create(cls, path: Path | str, campaign_toml: str) -> Self:
+    def create(cls, path: Path | str, campaign_toml: str, resolve: Callable[[str], str] = str) -> Self:
         """Start the campaign described by the resolved TOML text, or find the very same one to resume.
 
         Raises UserError as `check` does, with nothing touched.
         """
-        folder = cls.check(path, campaign_toml)
+        folder = cls.check(path, campaign_toml, resolve)
         if folder.campaign_toml.is_file():
             return folder
         with _disk_trouble_named(folder.path):
@@ -246,9 +249,9 @@ class CampaignFolder:
             remedy="remove that line: its episode counts as not played",
         )
 
-    def _check_same_campaign(self, campaign_toml: str) -> None:
+    def _check_same_campaign(self, campaign_toml: str, resolve: Callable[[str], str]) -> None:
         try:
-            there = tomllib.loads(self.campaign_toml.read_text(encoding="utf-8"))
+            there = tomllib.loads(resolve(self.campaign_toml.read_text(encoding="utf-8")))
         except ValueError as error:
             raise UserError(
                 str(self.campaign_toml), expected="valid TOML", got=str(error), remedy="give another --out"

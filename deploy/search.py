@@ -24,7 +24,7 @@ from actors.ray_actors import start_learner, start_player
 from actors.records import slot
 from deploy.alone import play_alone
 from deploy.candidates import keep_better, missing, require_candidates, write_frontier
-from deploy.config import CampaignConfig, dump
+from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
 from deploy.prepare import Baseline
@@ -132,7 +132,7 @@ def _replay_of(config: CampaignConfig) -> ReplayConfig:
 
 def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:
     """Bring Redis and the folder to the same episodes; whoever held one before this driver is gone."""
-    ledger.open(dump(config), config.search.total)
+    ledger.open(folder.campaign_toml.read_text(encoding="utf-8"), config.search.total)
     ledger.restore([json.dumps(record) for record in folder.read_episodes()])
     ledger.clear_stop()
     for episode, owner in ledger.in_flight():

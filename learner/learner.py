@@ -1,10 +1,12 @@
-"""The R2D2 learner: samples sequences, updates the Controller, writes priorities back.
+"""The R2D2 learner: samples sequences, updates a recurrent Q-network, writes priorities back.
 
-Owns no process and no connection: the replay is handed in by actors/trainer.py.
+Knows of the Controller no more than of any other network (agents/network.py). Owns no process and no connection: the
+replay is handed in by actors/trainer.py.
 """
 
+import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.controller import Controller, Judgement, RecurrentState
-from agents.ladder import Ladder
+from agents.network import ActionRule, Judgement, QNetwork, RecurrentState
 from env.errors import NonFiniteError, UserError
-from env.importance import FEATURES
-from learner.losses import n_step_targets, r2d2_loss, rescale, unrescale
+from learner.losses import n_step_targets, q_discrepancy, r2d2_loss, rescale, sequence_priorities, unrescale
+from learner.packing import Arrays, Packing
 from learner.sequence import Batch, ForeignSequenceError, SequenceConfig, collate
 
-__all__ = ["Learner", "LearnerConfig", "SampledSequences", "SequenceReplay", "UpdateReport"]
+__all__ = ["Learner", "LearnerConfig", "SampledSequences", "SequenceReplay", "UpdateReport", "first_priorities"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,6 +40,8 @@ class LearnerConfig:
     publish_period: int = 5  # updates between two publications of the weights
     checkpoint_period: int = 50  # updates between two checkpoints
     max_bad_updates: int = 10  # non-finite updates in a row before the learner stops
+    delta_q_period: int = 10  # updates between two measurements of how stale stored states are; 0 never
+    precision: str = "float32"  # or "bfloat16" (autocast), for GPUs
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
@@ -49,6 +52,8 @@ class LearnerConfig:
         wrong += [(name, "above 0") for name in positive if not getattr(self, name) > 0]
         wrong += [("discount", "in (0, 1]")] if not 0 < self.discount <= 1 else []
         wrong += [("priority_eta", "in [0, 1]")] if not 0 <= self.priority_eta <= 1 else []
+        wrong += [("delta_q_period", "at least 0")] if self.delta_q_period < 0 else []
+        wrong += [("precision", "float32 | bfloat16")] if self.precision not in ("float32", "bfloat16") else []
         for name, expected in wrong:
             raise UserError(f"learner.{name}", expected=expected, got=repr(getattr(self, name)), remedy="change it")
 
@@ -87,17 +92,19 @@ class UpdateReport:
     loss: float
     mean_priority: float
     gradient_norm: float
+    delta_q: tuple[float, float] | None  # at the first and the last learned step; every delta_q_period updates
 
 
 class Learner:
-    """R2D2 with set-valued actions.
+    """R2D2, also with set-valued actions.
 
     Args:
-        controller: the online network; trained in place.
-        ladder: turns the online network's ranking into the greedy set (double Q).
+        controller: the online network; trained in place, on its own device.
+        actions: which action a judgement asks for (double Q); for a Controller its ladder.
         replay: where sequences come from.
         config: R2D2's settings.
         sequences: how sequences were cut.
+        packing: how their observations and actions travel.
 
     Attributes:
         updates: updates made.
@@ -107,18 +114,19 @@ class Learner:
 
     def __init__(
         self,
-        controller: Controller,
-        ladder: Ladder,
+        controller: QNetwork,
+        actions: ActionRule,
         replay: SequenceReplay,
         config: LearnerConfig,
         sequences: SequenceConfig,
+        packing: Packing,
     ) -> None:
-        self.controller, self.ladder, self.replay = controller, ladder, replay
-        self.config, self.sequences = config, sequences
-        self.target = Controller(controller.config, controller.plan)
-        self.target.load_state_dict(controller.state_dict())
+        self.controller, self.actions, self.replay = controller, actions, replay
+        self.config, self.sequences, self.packing = config, sequences, packing
+        self.target = copy.deepcopy(controller).requires_grad_(False)
         self.optimizer = torch.optim.Adam(controller.parameters(), lr=config.learning_rate, eps=config.adam_epsilon)
         self.updates = self.skipped = self._bad_in_a_row = 0
+        self._device = next(controller.parameters()).device
 
     def update(self) -> UpdateReport | None:
         """Sample, learn, write priorities back; None when the replay has nothing for us now.
@@ -133,27 +141,42 @@ class Learner:
         batch = self._collated(sample)
         if batch is None:
             return None
-        loss, priorities = self.loss(batch, torch.as_tensor(sample.weights, dtype=torch.float32))
-        norm = self._step(loss)
-        if norm is None:
+        step = self.learn(batch, torch.as_tensor(sample.weights, dtype=torch.float32).to(self._device))
+        if step is None:
             self._skip(sample.keys, "the loss or a gradient is not finite; lower learner.learning_rate and resume")
             return None
+        report, priorities = step
         self._bad_in_a_row = 0
-        self.replay.update(sample.keys, priorities.double().numpy())
+        self.replay.update(sample.keys, priorities.double().cpu().numpy())
+        return report
+
+    def learn(self, batch: Batch, weights: Tensor) -> tuple[UpdateReport, Tensor] | None:
+        """One update on a batch that is there already: the report and the new priorities [B].
+
+        None, and nothing changed, when the loss or a gradient is not finite.
+        """
+        with self._autocast():
+            loss, priorities = self.loss(batch, weights)
+        norm = self._step(loss)
+        if norm is None:
+            return None
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
             self.target.load_state_dict(self.controller.state_dict())
-        return UpdateReport(
-            updates=self.updates, loss=loss.item(), mean_priority=priorities.mean().item(), gradient_norm=norm
+        report = UpdateReport(
+            updates=self.updates,
+            loss=loss.item(),
+            mean_priority=priorities.mean().item(),
+            gradient_norm=norm,
+            delta_q=self._delta_q(batch),
         )
+        return report, priorities
 
     def _collated(self, sample: SampledSequences) -> Batch | None:
         """The batch, or None where a sequence is not one of ours; that one is hardly ever drawn again."""
-        config = self.controller.config
-        kinds = len(FEATURES) if config.observation == "features" else 0
-        units, hidden = self.controller.plan.units, config.hidden_size
         try:
-            return collate(sample.arrays, self.sequences, units=units, kinds=kinds, hidden=hidden)
+            hidden = self.controller.hidden_size
+            return collate(sample.arrays, self.sequences, self.packing, hidden=hidden).to(self._device)
         except ForeignSequenceError as error:
             key = sample.keys[error.index]
             self.replay.update([key], np.zeros(1))
@@ -162,29 +185,13 @@ class Learner:
 
     def loss(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The R2D2 loss [] of a batch, and its sequences' new priorities [B]."""
-        online = _unroll(self.controller, batch, self.sequences.burn_in)
-        with torch.no_grad():
-            target = _unroll(self.target, batch, self.sequences.burn_in)
-            targets = rescale(self._targets(batch, online, target))
-        alive = batch.observations.keep_mask[self.sequences.burn_in :]
-        before = Judgement(value=online.value[:-1], advantage=online.advantage[:-1])
-        q_taken = self.controller.q_of(before, batch.actions, alive[:-1])
+        q_taken, targets = _q_and_targets(
+            self.controller, self.target, self.actions, batch, self.config, burn_in=self.sequences.burn_in
+        )
         return r2d2_loss(q_taken, targets, batch.valid, weights, eta=self.config.priority_eta)
 
-    def _targets(self, batch: Batch, online: Judgement, target: Judgement) -> Tensor:
-        """n-step double-Q targets in units of reward, float32 [T, B]."""
-        alive = batch.observations.keep_mask[self.sequences.burn_in :]
-        flat = self.ladder.cut(online.advantage.flatten(0, 1), alive.flatten(0, 1), batch.step.flatten())
-        greedy = flat.view(alive.shape)
-        values = unrescale(self.target.q_of(target, greedy, alive))
-        return n_step_targets(
-            batch.rewards,
-            values,
-            batch.terminated,
-            batch.length,
-            n_step=self.config.n_step,
-            discount=self.config.discount,
-        )
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self.config.precision == "bfloat16")
 
     def _step(self, loss: Tensor) -> float | None:
         """One step of the optimizer; None, and nothing changed, when loss or gradient is not finite."""
@@ -197,6 +204,21 @@ class Learner:
             return None
         self.optimizer.step()
         return norm.item()
+
+    @torch.no_grad()
+    def _delta_q(self, batch: Batch) -> tuple[float, float] | None:
+        """R2D2's Delta Q at the first and the last learned step, mean over the longest sequences of the batch."""
+        if not self.config.delta_q_period or self.updates % self.config.delta_q_period:
+            return None
+        seen, network = batch.observations[self.sequences.burn_in :], self.controller
+        trained = network.q_all(_unroll(network, batch, self.sequences.burn_in), seen)
+        longest = batch.length.max()
+        mine, found = batch.length == longest, []
+        for place, stored in zip((0, int(longest) - 1), batch.later_states, strict=True):
+            here = seen[place : place + 1]
+            judged, _ = network(here, stored)
+            found.append(q_discrepancy(trained[place], network.q_all(judged, here)[0])[mine].mean().item())
+        return found[0], found[1]
 
     def _skip(self, keys: list[str], reason: str) -> None:
         self.skipped += 1
@@ -226,7 +248,50 @@ class Learner:
         self.updates, self.skipped = state["updates"], state["skipped"]
 
 
-def _unroll(network: Controller, batch: Batch, burn_in: int) -> Judgement:
+@torch.no_grad()
+def first_priorities(
+    controller: QNetwork,
+    actions: ActionRule,
+    sequences: Sequence[Arrays],
+    config: LearnerConfig,
+    cuts: SequenceConfig,
+    packing: Packing,
+) -> np.ndarray:
+    """The priorities that an actor gives its new sequences, float64 [B], by the network it played with.
+
+    As the learner's own (R2D2, section 2.3; Horgan et al. 2018, section 3), with that network as its own target.
+    """
+    device = next(controller.parameters()).device
+    batch = collate(sequences, cuts, packing, hidden=controller.hidden_size).to(device)
+    q_taken, targets = _q_and_targets(controller, controller, actions, batch, config, burn_in=cuts.burn_in)
+    priorities = sequence_priorities(targets - q_taken, batch.valid, eta=config.priority_eta)
+    return priorities.double().cpu().numpy()
+
+
+def _q_and_targets(
+    online: QNetwork, target: QNetwork, actions: ActionRule, batch: Batch, config: LearnerConfig, *, burn_in: int
+) -> tuple[Tensor, Tensor]:
+    """Q of what was done, and its n-step double-Q targets: float32 [T, B] each, in rescaled units."""
+    seen = batch.observations[burn_in:]
+    judgement = _unroll(online, batch, burn_in)
+    with torch.no_grad():
+        judged = judgement if target is online else _unroll(target, batch, burn_in)
+        greedy = actions.greedy(judgement, seen, batch.step)
+        values = unrescale(target.q_of(judged, greedy, seen).float())
+        targets = rescale(
+            n_step_targets(
+                batch.rewards,
+                values,
+                batch.terminated,
+                batch.length,
+                n_step=config.n_step,
+                discount=config.discount,
+            )
+        )
+    return online.q_of(judgement[:-1], batch.actions, seen[:-1]).float(), targets
+
+
+def _unroll(network: QNetwork, batch: Batch, burn_in: int) -> Judgement:
     """Judge the learned part of a batch, [T + 1, B], after a burn-in without gradient (R2D2, section 3)."""
     state = _burnt_in(network, batch, burn_in)
     judgement, _ = network(batch.observations[burn_in:], state)
@@ -235,7 +300,7 @@ def _unroll(network: Controller, batch: Batch, burn_in: int) -> Judgement:
 
 
 @torch.no_grad()
-def _burnt_in(network: Controller, batch: Batch, burn_in: int) -> RecurrentState:
+def _burnt_in(network: QNetwork, batch: Batch, burn_in: int) -> RecurrentState:
     """The state at the start of the learned part; the stored one where a sequence has no burn-in."""
     if burn_in == 0:
         return batch.state

@@ -9,6 +9,7 @@ from torch import Tensor
 
 __all__ = [
     "n_step_targets",
+    "q_discrepancy",
     "r2d2_loss",
     "rescale",
     "sequence_priorities",
@@ -104,3 +105,25 @@ def r2d2_loss(q_taken: Tensor, targets: Tensor, valid: Tensor, weights: Tensor, 
     error = torch.where(valid, targets.detach() - q_taken, 0.0)
     loss = (weights * 0.5 * error.square().sum(0)).mean()
     return loss, sequence_priorities(error.detach(), valid, eta=eta)
+
+
+def q_discrepancy(q_trained: Tensor, q_stored: Tensor) -> Tensor:
+    """How much Q differs where a network starts from the state it is trained from and from the one an actor had.
+
+        Delta Q = || q(h_trained) - q(h_stored) ||_2 / | max_a q(h_trained)_a |
+
+    R2D2, section 3: the measure of representational drift and of recurrent states gone stale. Where the largest Q is
+    nearly 0 the quotient says nothing, so the divisor is at least 1e-3.
+
+    Args:
+        q_trained: float [..., A], from the state after burn-in and unroll by today's weights.
+        q_stored: float [..., A], by the same weights from the state the actor had there.
+
+    Returns:
+        float [...].
+
+    """
+    if q_trained.shape != q_stored.shape:
+        raise ValueError(f"expected equal shapes, got {list(q_trained.shape)} and {list(q_stored.shape)}")
+    distance = (q_trained - q_stored).square().sum(-1).sqrt()
+    return distance / q_trained.amax(-1).abs().clamp(min=1e-3)

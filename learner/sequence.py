@@ -1,25 +1,26 @@
 """Sequences: how an episode is cut up, what travels, and what a batch of them looks like to the learner.
 
 A sequence is `burn_in` steps that only warm the recurrent state up, then up to `unroll_length` steps that are learned
-from, then the observation after them. It starts with the recurrent state the actor had there (R2D2, section 3).
-Masks do not travel: the first one in bits and the indices zeroed by each action say it all.
+from, then the observation after them. It starts with the recurrent state the actor had there (R2D2, section 3), and
+brings two later ones along, by which the learner measures how stale stored states are. How observations and actions
+travel is the packing's affair (learner/packing.py).
 
 The first sequence of an episode has no burn-in. `burn_in <= sequence_period` makes every other one have all of it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from agents.controller import Observations, RecurrentState
+from agents.network import RecurrentState
 from env.errors import UserError
+from learner.packing import Arrays, Packing
 
 __all__ = ["Batch", "EpisodeTrace", "ForeignSequenceError", "SequenceConfig", "collate", "cut"]
-
-Arrays = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +49,8 @@ class SequenceConfig:
 class EpisodeTrace:
     """What a rollout remembers of an episode of T steps."""
 
-    accuracy: np.ndarray  # float32 [T + 1]
-    compression: np.ndarray  # float32 [T + 1]
-    keep_mask: np.ndarray  # bool [T + 1, F]
-    features: np.ndarray  # float16 [T + 1, F, K]; K = 0 where the Controller does not read them
-    actions: np.ndarray  # bool [T, F]
+    observations: Mapping[str, np.ndarray]  # [T + 1, ...] each, as the environment gave them
+    actions: np.ndarray  # [T, ...]
     rewards: np.ndarray  # float32 [T]
     states: np.ndarray  # float32 [T, 2, H], recurrent state (h, c) before each step
     terminated: bool
@@ -62,26 +60,23 @@ class EpisodeTrace:
         return len(self.rewards)
 
 
-def cut(trace: EpisodeTrace, config: SequenceConfig) -> list[Arrays]:
+def cut(trace: EpisodeTrace, config: SequenceConfig, packing: Packing) -> list[Arrays]:
     """Cut an episode into sequences that between them learn from every step."""
     starts = range(0, max(1, len(trace) - config.unroll_length + config.sequence_period), config.sequence_period)
-    return [_sequence(trace, config, start) for start in starts if start < len(trace)]
+    return [_sequence(trace, config, packing, start) for start in starts if start < len(trace)]
 
 
-def _sequence(trace: EpisodeTrace, config: SequenceConfig, start: int) -> Arrays:
+def _sequence(trace: EpisodeTrace, config: SequenceConfig, packing: Packing, start: int) -> Arrays:
     """The sequence that learns from the steps [start, start + unroll_length)."""
     first = start - (config.burn_in if start else 0)
     end = min(start + config.unroll_length, len(trace))
-    zeroed = [np.flatnonzero(action) for action in trace.actions[first:end]]
+    observations = {name: array[first : end + 1] for name, array in trace.observations.items()}
     return {
-        "first_mask": np.packbits(trace.keep_mask[first], bitorder="little"),
-        "zeroed": np.concatenate(zeroed).astype(np.int32),
-        "zeroed_per_step": np.array([len(indices) for indices in zeroed], np.int32),
-        "accuracy": trace.accuracy[first : end + 1],
-        "compression": trace.compression[first : end + 1],
-        "features": trace.features[first : end + 1],
+        **packing.pack(observations, trace.actions[first:end]),
         "rewards": trace.rewards[first:end],
         "state": trace.states[first],
+        # before the first and before the last step that are learned from
+        "later_states": trace.states[[start, end - 1]],
         # step of the episode at which learning starts, steps before it, and whether the episode ended for good
         "place": np.array([start, start - first, int(trace.terminated and end == len(trace))], np.int32),
     }
@@ -91,19 +86,35 @@ def _sequence(trace: EpisodeTrace, config: SequenceConfig, start: int) -> Arrays
 class Batch:
     """B sequences side by side, time first; the learned part starts at index `burn_in`."""
 
-    observations: Observations  # [burn_in + T + 1, B, ...]
-    actions: Tensor  # bool [T, B, F]
+    observations: Any  # [burn_in + T + 1, B, ...], as the network reads them; sliced by time
+    actions: Tensor  # [T, B, ...]
     rewards: Tensor  # float32 [T, B]
     terminated: Tensor  # bool [T, B]
     length: Tensor  # int64 [B], real steps
     step: Tensor  # int64 [T + 1, B], step of the episode, which tells the waypoint
     burnt: Tensor  # bool [B], whether the sequence has a burn-in
     state: RecurrentState  # [B, H] each, at the first real step
+    later_states: tuple[RecurrentState, RecurrentState]  # the actor's, before the first and the last learned step
 
     @property
     def valid(self) -> Tensor:
         """bool [T, B], the real steps."""
-        return torch.arange(len(self.rewards))[:, None] < self.length
+        return torch.arange(len(self.rewards), device=self.length.device)[:, None] < self.length
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on another device."""
+        first, last = self.later_states
+        return Batch(
+            observations=self.observations.to(device),
+            actions=self.actions.to(device),
+            rewards=self.rewards.to(device),
+            terminated=self.terminated.to(device),
+            length=self.length.to(device),
+            step=self.step.to(device),
+            burnt=self.burnt.to(device),
+            state=_moved(self.state, device),
+            later_states=(_moved(first, device), _moved(last, device)),
+        )
 
 
 class ForeignSequenceError(ValueError):
@@ -118,15 +129,14 @@ class ForeignSequenceError(ValueError):
 
 
 def collate(
-    sequences: Sequence[Mapping[str, np.ndarray]], config: SequenceConfig, *, units: int, kinds: int, hidden: int
+    sequences: Sequence[Mapping[str, np.ndarray]], config: SequenceConfig, packing: Packing, *, hidden: int
 ) -> Batch:
     """Put decoded sequences side by side, whatever wrote them.
 
     Args:
         sequences: at least one, as `cut` makes them.
         config: how they were cut.
-        units: F, the filters of this network.
-        kinds: K, the features of each filter; 0 where the Controller does not read them.
+        packing: how their observations and actions travel.
         hidden: H, the size of the recurrent state.
 
     Raises:
@@ -135,16 +145,13 @@ def collate(
 
     """
     time, batch = config.burn_in + config.unroll_length + 1, len(sequences)
-    accuracy, compression = np.zeros((time, batch), np.float32), np.zeros((time, batch), np.float32)
-    keep_mask = np.ones((time, batch, units), bool)
-    features = np.zeros((time, batch, units, kinds), np.float32)
-    actions = np.zeros((config.unroll_length, batch, units), bool)
+    observations = packing.blank_observations(time, batch)
+    actions = packing.blank_actions(config.unroll_length, batch)
     rewards = np.zeros((config.unroll_length, batch), np.float32)
     terminated = np.zeros((config.unroll_length, batch), bool)
-    place = np.zeros((3, batch), np.int64)
-    length = np.zeros(batch, np.int64)
+    place, length = np.zeros((3, batch), np.int64), np.zeros(batch, np.int64)
     for b, sequence in enumerate(sequences):
-        problem = _misfit(sequence, units, kinds, hidden) or _nonsense(sequence, config, units)
+        problem = _misfit(sequence, packing, hidden) or _nonsense(sequence, config, packing)
         if problem:
             raise ForeignSequenceError(b, problem)
         place[:, b] = sequence["place"]
@@ -152,54 +159,44 @@ def collate(
         steps = len(sequence["rewards"])
         length[b] = steps - burnt
         here = slice(config.burn_in - burnt, config.burn_in - burnt + steps + 1)
-        accuracy[here, b], compression[here, b] = sequence["accuracy"], sequence["compression"]
-        features[here, b] = sequence["features"]
-        masks, zeroed = _masks(sequence, units)
-        keep_mask[here, b] = masks
-        actions[: length[b], b] = zeroed[burnt:]
+        seen, done = packing.unpack(sequence)
+        for name, array in seen.items():
+            observations[name][here, b] = array
+        actions[: length[b], b] = done[burnt:]
         rewards[: length[b], b] = sequence["rewards"][burnt:]
         terminated[length[b] - 1, b] = bool(ended)
-    state = torch.from_numpy(np.stack([sequence["state"] for sequence in sequences], axis=1))
+    later = [[sequence["later_states"][index] for sequence in sequences] for index in (0, 1)]
     return Batch(
-        observations=Observations(
-            accuracy=torch.from_numpy(accuracy),
-            compression=torch.from_numpy(compression),
-            keep_mask=torch.from_numpy(keep_mask),
-            features=torch.from_numpy(features),
-        ),
+        observations=packing.tensors(observations),
         actions=torch.from_numpy(actions),
         rewards=torch.from_numpy(rewards),
         terminated=torch.from_numpy(terminated),
         length=torch.from_numpy(length),
         step=torch.from_numpy(place[0] + np.arange(config.unroll_length + 1)[:, None]),
         burnt=torch.from_numpy(place[1] > 0),
-        state=(state[0].contiguous(), state[1].contiguous()),
+        state=_side_by_side([sequence["state"] for sequence in sequences]),
+        later_states=(_side_by_side(later[0]), _side_by_side(later[1])),
     )
 
 
-def _masks(sequence: Mapping[str, np.ndarray], units: int) -> tuple[np.ndarray, np.ndarray]:
-    """The masks before each step and after the last, bool [S + 1, F], and the actions, bool [S, F]."""
-    counts = sequence["zeroed_per_step"]
-    zeroed = np.zeros((len(counts), units), bool)
-    zeroed[np.repeat(np.arange(len(counts)), counts), sequence["zeroed"]] = True
-    first = np.unpackbits(sequence["first_mask"], count=units, bitorder="little").astype(bool)
-    gone = np.concatenate([np.zeros((1, units), bool), np.logical_or.accumulate(zeroed, axis=0)])
-    return first & ~gone, zeroed
+def _side_by_side(states: Sequence[np.ndarray]) -> RecurrentState:
+    """States float32 [2, H] of B sequences as (h, c), float32 [B, H] each."""
+    h, c = torch.from_numpy(np.stack(states, axis=1))
+    return h.contiguous(), c.contiguous()
 
 
-def _misfit(sequence: Mapping[str, np.ndarray], units: int, kinds: int, hidden: int) -> str:
+def _moved(state: RecurrentState, device: torch.device | str) -> RecurrentState:
+    return state[0].to(device), state[1].to(device)
+
+
+def _misfit(sequence: Mapping[str, np.ndarray], packing: Packing, hidden: int) -> str:
     """What is wrong with the names, dtypes and shapes of a sequence's arrays; nothing where they fit."""
-    sizes = {name: array.size for name, array in sequence.items()}
-    steps = sizes.get("rewards", 0)
+    steps = sequence["rewards"].size if "rewards" in sequence else 0
     expected = {
-        "first_mask": ("uint8", ((units + 7) // 8,)),
-        "zeroed": ("int32", (sizes.get("zeroed", 0),)),
-        "zeroed_per_step": ("int32", (steps,)),
-        "accuracy": ("float32", (steps + 1,)),
-        "compression": ("float32", (steps + 1,)),
-        "features": ("float16", (steps + 1, units, kinds)),
+        **packing.expected(sequence, steps),
         "rewards": ("float32", (steps,)),
         "state": ("float32", (2, hidden)),
+        "later_states": ("float32", (2, 2, hidden)),
         "place": ("int32", (3,)),
     }
     found = {name: (array.dtype.name, array.shape) for name, array in sequence.items()}
@@ -209,19 +206,18 @@ def _misfit(sequence: Mapping[str, np.ndarray], units: int, kinds: int, hidden: 
     return ""
 
 
-def _nonsense(sequence: Mapping[str, np.ndarray], config: SequenceConfig, units: int) -> str:
+def _nonsense(sequence: Mapping[str, np.ndarray], config: SequenceConfig, packing: Packing) -> str:
     """What is wrong with the values of a sequence whose arrays fit; nothing where they can be ours."""
     start, burnt, _ended = sequence["place"].tolist()
-    steps, zeroed, counts = len(sequence["rewards"]), sequence["zeroed"], sequence["zeroed_per_step"]
+    steps = len(sequence["rewards"])
     if start < 0 or burnt != (config.burn_in if start else 0):
         return f"place: expected a burn-in of {config.burn_in} steps, none at 0, got {burnt} before {start}"
     if not burnt < steps <= burnt + config.unroll_length:
         return f"rewards: expected {burnt + 1} to {burnt + config.unroll_length} steps, got {steps}"
-    if (counts < 0).any() or counts.sum() != len(zeroed):
-        return f"zeroed_per_step: expected counts with the sum {len(zeroed)}, got {counts.tolist()}"
-    if ((zeroed < 0) | (zeroed >= units)).any():
-        return f"zeroed: expected 0 to {units - 1}, got {zeroed.min()} to {zeroed.max()}"
-    for name in ("accuracy", "compression", "features", "rewards", "state"):
-        if not np.isfinite(sequence[name]).all():
+    problem = packing.nonsense(sequence)
+    if problem:
+        return problem
+    for name, array in sequence.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
             return f"{name}: expected finite numbers, got NaN or infinity"
     return ""

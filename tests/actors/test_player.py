@@ -158,7 +158,7 @@ def test_its_sequences_are_what_the_learner_reads(
     assert (replay.stats().size, replay.stats().inserted) == (2, 2)
     sample = replay.sample(7)
     assert sample is not None
-    batch = collate(sample.arrays, brief.sequences, units=player.plan.units, kinds=kinds, hidden=5)
+    batch = collate(sample.arrays, brief.sequences, brief.packing(player.plan), hidden=5)
     by_start = {int(start): b for b, start in enumerate(batch.step[0])}
     assert set(by_start) == {0, 1}
     curve = batch.observations.accuracy[1:, by_start[0]], batch.observations.accuracy[:, by_start[1]]

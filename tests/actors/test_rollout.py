@@ -16,6 +16,7 @@ from env.data import DataConfig, load_dataset
 from env.measure import Measure
 from env.networks import small
 from env.recognizer import Recognizer
+from learner.sequence import EpisodeTrace
 
 torch.set_num_threads(1)
 
@@ -85,20 +86,24 @@ class Recording:
         return self.policy.rank(observation)
 
 
+def arrays(trace: EpisodeTrace) -> dict[str, np.ndarray]:
+    return {**trace.observations, "actions": trace.actions, "rewards": trace.rewards, "states": trace.states}
+
+
+def masks(trace: EpisodeTrace) -> np.ndarray:
+    return trace.observations["keep_mask"].astype(bool)
+
+
 def test_a_traces_arrays_have_the_shapes_and_dtypes_it_promises() -> None:
     result = played(ControllerPolicy(controller()))
     trace, filters = result.trace, recognizer().plan.units
-    shapes = {
-        name: (getattr(trace, name).dtype.name, getattr(trace, name).shape)
-        for name in trace.__annotations__
-        if name != "terminated"
-    }
+    shapes = {name: (array.dtype.name, array.shape) for name, array in arrays(trace).items()}
     assert shapes == {
-        "accuracy": ("float32", (4,)),
-        "compression": ("float32", (4,)),
-        "keep_mask": ("bool", (4, filters)),
-        "features": ("float16", (4, filters, 3)),
-        "actions": ("bool", (3, filters)),
+        "accuracy": ("float32", (4, 1)),
+        "compression": ("float32", (4, 1)),
+        "keep_mask": ("int8", (4, filters)),
+        "features": ("float32", (4, filters, 3)),
+        "actions": ("int8", (3, filters)),
         "rewards": ("float32", (3,)),
         "states": ("float32", (3, 2, HIDDEN)),
     }
@@ -108,11 +113,12 @@ def test_a_traces_arrays_have_the_shapes_and_dtypes_it_promises() -> None:
 
 def test_masks_follow_from_the_actions_and_actions_touch_only_the_living() -> None:
     trace = played().trace
-    assert trace.keep_mask[0].all()
-    assert (trace.actions.sum(1) > 0).all()
+    keep_mask, actions = masks(trace), trace.actions.astype(bool)
+    assert keep_mask[0].all()
+    assert (actions.sum(1) > 0).all()
     for t in range(len(trace)):
-        assert trace.keep_mask[t][trace.actions[t]].all()
-        assert np.array_equal(trace.keep_mask[t + 1], trace.keep_mask[t] & ~trace.actions[t])
+        assert keep_mask[t][actions[t]].all()
+        assert np.array_equal(keep_mask[t + 1], keep_mask[t] & ~actions[t])
 
 
 def test_the_curve_climbs_the_waypoints_and_its_numbers_are_those_of_the_masks() -> None:
@@ -122,10 +128,10 @@ def test_the_curve_climbs_the_waypoints_and_its_numbers_are_those_of_the_masks()
     assert compressions[0] == 0.0
     for reached, goal in zip(compressions[1:], steps.goals.tolist(), strict=True):
         assert goal - 1e-6 <= reached < goal + 0.1
-    exact = [recognizer().compression(torch.from_numpy(mask)) for mask in result.trace.keep_mask]
+    exact = [recognizer().compression(torch.from_numpy(mask)) for mask in masks(result.trace)]
     assert compressions == pytest.approx(exact, abs=1e-6)
-    assert result.trace.compression.tolist() == compressions
-    assert result.trace.accuracy.tolist() == [accuracy for _, accuracy in result.curve]
+    assert result.trace.observations["compression"][:, 0].tolist() == compressions
+    assert result.trace.observations["accuracy"][:, 0].tolist() == [accuracy for _, accuracy in result.curve]
 
 
 def test_every_target_is_reached_once_with_a_network_as_small_as_it_says() -> None:
@@ -135,14 +141,14 @@ def test_every_target_is_reached_once_with_a_network_as_small_as_it_says() -> No
         assert point.compression >= point.target
         assert sum(p.numel() for p in point.body.network.parameters()) == point.parameters
         assert point.compression == pytest.approx(1 - point.parameters / recognizer().measure.given)
-    assert np.array_equal(result.reached[-1].body.keep_mask.numpy(), result.trace.keep_mask[-1])
+    assert np.array_equal(result.reached[-1].body.keep_mask.numpy(), masks(result.trace)[-1])
 
 
 def test_the_return_is_the_sum_of_the_rewards_which_terminal_episodes_pay_at_targets_alone() -> None:
     result = played()
     paid = {t for t in range(3) if result.trace.rewards[t] != 0}
     reached_at = {
-        next(t for t in range(3) if result.trace.compression[t + 1] >= np.float32(point.target))
+        next(t for t in range(3) if result.trace.observations["compression"][t + 1, 0] >= np.float32(point.target))
         for point in result.reached
     }
     assert paid == reached_at
@@ -165,7 +171,7 @@ def test_an_episode_cut_short_is_not_terminated() -> None:
 def test_an_environment_without_features_leaves_none_in_the_trace() -> None:
     env, steps = made(features=False)
     result = rollout(env, heuristic("random-filters", env.plan, seed=0), steps)
-    assert result.trace.features.shape == (4, env.plan.units, 0)
+    assert set(result.trace.observations) == {"accuracy", "compression", "keep_mask"}
 
 
 def test_on_step_is_called_after_each_step_with_its_number_compression_and_accuracy() -> None:
@@ -207,8 +213,8 @@ def test_a_shadowed_teacher_plays_as_it_would_alone_with_the_controllers_own_sta
 
 
 def same(one: Rollout, other: Rollout) -> bool:
-    names = ("accuracy", "compression", "keep_mask", "features", "actions", "rewards", "states")
-    return all(np.array_equal(getattr(one.trace, name), getattr(other.trace, name)) for name in names)
+    mine, theirs = arrays(one.trace), arrays(other.trace)
+    return all(np.array_equal(mine[name], theirs[name]) for name in mine | theirs)
 
 
 def test_the_same_seeds_play_the_same_episode_and_others_another() -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.controller import Controller, ControllerConfig, Judgement, Observations, RecurrentState, set_value
+from agents.controller import Controller, ControllerConfig, Observations, set_value
+from agents.network import Judgement, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 
@@ -60,7 +61,7 @@ def q(made: Controller, seen: Observations) -> Tensor:
     judgement, _ = made(seen, made.initial_state(seen.accuracy.shape[1]))
     generator = torch.Generator().manual_seed(9)
     action = (torch.rand(seen.keep_mask.shape, generator=generator) < 0.4) & seen.keep_mask
-    return made.q_of(judgement, action, seen.keep_mask)
+    return made.q_of(judgement, action, seen)
 
 
 def test_the_value_of_a_set_by_hand() -> None:

@@ -222,3 +222,13 @@ def test_versions_name_what_a_campaign_ran_with() -> None:
     ]  # fmt: skip
     assert all(found[name] for name in ("zeroout", "python", "torch", "ray", "redis-py", "gymnasium"))
     assert json.loads(json.dumps(found)) == found
+
+
+def test_a_campaign_of_an_older_version_that_did_not_know_a_key_is_resumed(campaign: CampaignFolder) -> None:
+    def resolve(toml: str) -> str:
+        return toml if "brand_new" in toml else toml + "brand_new = 10\n"
+
+    assert CampaignFolder.create(campaign.path, TOML + "brand_new = 10\n", resolve) == campaign
+    assert campaign.campaign_toml.read_text() == TOML
+    with pytest.raises(UserError, match=r"brand_new: expected 11 .*got 10"):
+        CampaignFolder.create(campaign.path, TOML + "brand_new = 11\n", resolve)

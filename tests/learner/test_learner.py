@@ -10,15 +10,18 @@ import pytest
 import torch
 from torch import nn
 
-from agents.controller import Controller, ControllerConfig, Judgement, Observations, RecurrentState
+from agents.controller import Controller, ControllerConfig, Observations
 from agents.ladder import Ladder
+from agents.network import Judgement, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import NonFiniteError, UserError
 from env.measure import Measure
 from env.networks import small
 from learner import checkpoint
-from learner.learner import Learner, LearnerConfig
-from learner.sequence import Batch, EpisodeTrace, SequenceConfig, collate, cut
+from learner.learner import Learner, LearnerConfig, first_priorities
+from learner.packing import MaskPacking
+from learner.sequence import Batch, EpisodeTrace, SequenceConfig, collate
+from learner.sequence import cut as cut_with
 
 torch.set_num_threads(1)
 
@@ -69,6 +72,14 @@ def ladder() -> Ladder:
     return Ladder(plan(), measure=Measure("parameters", given), targets=(0.8,), waypoints=9, min_width=1)
 
 
+def packing(kinds: int = KINDS) -> MaskPacking:
+    return MaskPacking(plan().units, kinds)
+
+
+def cut(trace: EpisodeTrace, config: SequenceConfig) -> list[Arrays]:
+    return cut_with(trace, config, packing())
+
+
 def controller(seed: int = 0, observation: str = "features") -> Controller:
     """A Controller whose every weight matters (a fresh one judges by its prior alone)."""
     with torch.random.fork_rng():
@@ -88,7 +99,8 @@ def learner(
     **changes: Any,
 ) -> Learner:
     settings = LearnerConfig(**{"batch_size": 5, "n_step": 2, "discount": 0.9, **changes})
-    return Learner(controller(seed), ladder(), MemoryReplay(sequences or [], whole=whole), settings, config)
+    replay = MemoryReplay(sequences or [], whole=whole)
+    return Learner(controller(seed), ladder(), replay, settings, config, packing())
 
 
 def episode(steps: int = 9, *, seed: int = 0) -> EpisodeTrace:
@@ -100,10 +112,12 @@ def episode(steps: int = 9, *, seed: int = 0) -> EpisodeTrace:
         actions.append(ladder().cut(scores, keep_mask[-1][None], torch.tensor([t]))[0])
         keep_mask.append(keep_mask[-1] & ~actions[-1])
     return EpisodeTrace(
-        accuracy=torch.rand(steps + 1, generator=random).numpy(),
-        compression=ladder().compression(torch.stack(keep_mask)).float().numpy(),
-        keep_mask=torch.stack(keep_mask).numpy(),
-        features=torch.randn(steps + 1, plan().units, KINDS, generator=random).half().numpy(),
+        observations={
+            "accuracy": torch.rand(steps + 1, generator=random).numpy(),
+            "compression": ladder().compression(torch.stack(keep_mask)).float().numpy(),
+            "keep_mask": torch.stack(keep_mask).numpy(),
+            "features": torch.randn(steps + 1, plan().units, KINDS, generator=random).half().numpy(),
+        },
         actions=torch.stack(actions).numpy(),
         rewards=-torch.rand(steps, generator=random).numpy(),
         states=np.zeros((steps, 2, HIDDEN), np.float32),
@@ -116,19 +130,15 @@ def lived(trace: EpisodeTrace, network: Controller) -> EpisodeTrace:
     state, states = network.initial_state(), []
     for t in range(len(trace)):
         states.append(torch.cat(state).numpy())
-        seen = Observations(
-            accuracy=torch.tensor([[trace.accuracy[t]]]),
-            compression=torch.tensor([[trace.compression[t]]]),
-            keep_mask=torch.from_numpy(trace.keep_mask[t])[None, None],
-            features=torch.from_numpy(trace.features[t]).float()[None, None],
-        )
+        now = {name: torch.from_numpy(array[t : t + 1])[None] for name, array in trace.observations.items()}
+        seen = Observations(**{**now, "features": now["features"].float()})
         with torch.no_grad():
             _, state = network(seen, state)
     return replace(trace, states=np.stack(states))
 
 
 def batch_of(sequences: list[Arrays], config: SequenceConfig = SEQUENCES) -> Batch:
-    return collate(sequences, config, units=plan().units, kinds=KINDS, hidden=HIDDEN)
+    return collate(sequences, config, packing(), hidden=HIDDEN)
 
 
 def weights_of(network: nn.Module) -> list[torch.Tensor]:
@@ -149,6 +159,8 @@ def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
         ({"learning_rate": math.nan}, "learner.learning_rate: expected above 0, got nan"),
         ({"gradient_clip": 0.0}, "learner.gradient_clip: expected above 0, got 0.0"),
         ({"discount": 1.01}, r"learner.discount: expected in \(0, 1\], got 1.01"),
+        ({"delta_q_period": -1}, "learner.delta_q_period: expected at least 0, got -1"),
+        ({"precision": "float16"}, r"learner.precision: expected float32 \| bfloat16, got 'float16'"),
         ({"priority_eta": -0.1}, r"learner.priority_eta: expected in \[0, 1\], got -0.1"),
     ],
 )
@@ -233,6 +245,76 @@ def test_a_stored_state_does_what_recomputing_the_whole_episode_does_and_a_zeroe
     assert (priorities(stored, zeroed) - right).abs().item() > 1e-4
 
 
+# -- stale states
+
+
+def test_delta_q_is_zero_for_states_of_todays_weights_and_not_for_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SequenceConfig(burn_in=3, unroll_length=3, sequence_period=3)
+
+    def measured(trace: EpisodeTrace) -> tuple[float, float] | None:
+        sequences = cut(trace, config)
+        learning = learner(sequences, config=config, whole=True, delta_q_period=1)
+        monkeypatch.setattr(learning.optimizer, "step", lambda: None)  # the weights stay today's
+        report = learning.update()
+        assert report is not None
+        return report.delta_q
+
+    fresh = measured(lived(episode(9), controller()))
+    stale = measured(lived(episode(9), controller(seed=1)))
+    assert fresh == (pytest.approx(0, abs=1e-6), pytest.approx(0, abs=1e-6))
+    assert stale is not None
+    assert min(stale) > 1e-3
+
+
+def test_delta_q_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    learning = learner(delta_q_period=1)
+    batch = batch_of(cut(episode(4), SEQUENCES))  # one sequence of 4 steps
+    units = plan().units
+    q = torch.zeros(SEQUENCES.unroll_length + 1, 1, units)
+    q[0, 0, 0], q[3, 0, :2] = 2.0, torch.tensor([5.0, -1.0])
+
+    def forward(seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
+        return Judgement(value=torch.zeros(len(seen.accuracy), 1), advantage=torch.zeros(1)), state
+
+    def q_all(judgement: Judgement, seen: Observations) -> torch.Tensor:
+        return q if len(judgement.value) > 1 else torch.ones(1, 1, units)
+
+    monkeypatch.setattr(learning.controller, "forward", forward)
+    monkeypatch.setattr(learning.controller, "q_all", q_all)
+    first, last = learning._delta_q(batch) or (0.0, 0.0)
+    # first: one difference of 1 and the rest of 1 each; last: (5 - 1)^2 + (-1 - 1)^2 and the rest of 1 each
+    assert first == pytest.approx(math.sqrt(units) / 2)
+    assert last == pytest.approx(math.sqrt(16 + 4 + units - 2) / 5)
+
+
+def test_delta_q_is_measured_every_delta_q_period_and_never_at_0() -> None:
+    for period, expected in ((3, [False, False, True, False, False, True]), (0, [False] * 6)):
+        learning = learner(cut(episode(), SEQUENCES), delta_q_period=period)
+        reports = [learning.update() for _ in range(6)]
+        assert [report is not None and report.delta_q is not None for report in reports] == expected
+
+
+# -- an actor's first priorities
+
+
+def test_first_priorities_are_the_learners_own_while_its_networks_are_the_actors() -> None:
+    sequences, settings = cut(episode(), SEQUENCES), LearnerConfig(n_step=2, discount=0.9)
+    learning = learner(sequences)  # whose target network is still a copy
+    _, expected = learning.loss(batch_of(sequences), torch.ones(len(sequences)))
+    found = first_priorities(controller(), ladder(), sequences, settings, SEQUENCES, packing())
+    assert found.dtype == np.float64
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+
+
+def test_bfloat16_learns_too() -> None:
+    changes: dict[str, Any] = {"whole": True, "learning_rate": 3e-3, "precision": "bfloat16"}
+    learning = learner(cut(episode(), SEQUENCES), **changes)
+    losses = [report.loss for report in (learning.update() for _ in range(40)) if report is not None]
+    assert len(losses) == 40
+    assert losses[-1] < 0.5 * losses[0]
+    assert all(parameter.dtype == torch.float32 for parameter in learning.controller.parameters())
+
+
 # -- double Q
 
 
@@ -249,13 +331,15 @@ def test_the_set_is_chosen_by_the_online_network_and_valued_by_the_target_networ
     config = SequenceConfig(burn_in=0, unroll_length=2, sequence_period=2)
     settings = LearnerConfig(n_step=1, discount=0.5, priority_eta=0.75)
     judge = Controller(ControllerConfig(hidden_size=HIDDEN, advantage_scale=0.1), four)
-    learning = Learner(judge, steps, MemoryReplay([]), settings, config)
+    learning = Learner(judge, steps, MemoryReplay([]), settings, config, MaskPacking(4, KINDS))
     actions = np.array([[1, 0, 0, 0], [0, 1, 0, 0]], bool)
     trace = EpisodeTrace(
-        accuracy=np.zeros(3, np.float32),
-        compression=np.zeros(3, np.float32),
-        keep_mask=np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], bool),
-        features=np.zeros((3, 4, KINDS), np.float16),
+        observations={
+            "accuracy": np.zeros(3, np.float32),
+            "compression": np.zeros(3, np.float32),
+            "keep_mask": np.array([[1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 1, 1]], bool),
+            "features": np.zeros((3, 4, KINDS), np.float16),
+        },
         actions=actions,
         rewards=np.array([-1, -2], np.float32),
         states=np.zeros((2, 2, HIDDEN), np.float32),
@@ -271,7 +355,8 @@ def test_the_set_is_chosen_by_the_online_network_and_valued_by_the_target_networ
     )
     monkeypatch.setattr(learning.controller, "forward", lambda seen, state: (online, state))
     monkeypatch.setattr(learning.target, "forward", lambda seen, state: (target, state))
-    batch = collate(cut(trace, config), config, units=4, kinds=KINDS, hidden=HIDDEN)
+    four_wide = MaskPacking(4, KINDS)
+    batch = collate(cut_with(trace, config, four_wide), config, four_wide, hidden=HIDDEN)
     loss, priorities = learning.loss(batch, torch.ones(1))
     # Q of what was done: 0.7 + 0.1 (4 - 1) = 1 and 0.3 + 0.1 (0 - 3) = 0.
     # After step 0 the online network would remove filter 3 (0 is gone), the target network filter 1. The target
@@ -341,10 +426,9 @@ def test_a_report_tells_what_was_done_and_the_priorities_go_back_under_their_key
 
 
 def test_a_mask_controller_learns_from_sequences_without_features() -> None:
-    trace = episode()
-    sequences = cut(replace(trace, features=trace.features[..., :0]), SEQUENCES)
+    sequences = cut_with(episode(), SEQUENCES, packing(kinds=0))
     replay, settings = MemoryReplay(sequences, whole=True), LearnerConfig(learning_rate=3e-3)
-    learning = Learner(controller(observation="mask"), ladder(), replay, settings, SEQUENCES)
+    learning = Learner(controller(observation="mask"), ladder(), replay, settings, SEQUENCES, packing(kinds=0))
     losses = [report.loss for report in (learning.update() for _ in range(30)) if report is not None]
     assert len(losses) == 30
     assert losses[-1] < 0.5 * losses[0]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from learner.losses import n_step_targets, r2d2_loss, rescale, sequence_priorities, unrescale
+from learner.losses import n_step_targets, q_discrepancy, r2d2_loss, rescale, sequence_priorities, unrescale
 
 
 def targets(
@@ -197,3 +197,20 @@ def test_no_gradient_flows_into_targets_or_priorities() -> None:
     loss.backward()  # type: ignore[no-untyped-call]
     assert aims.grad is None
     assert not priorities.requires_grad
+
+
+# -- stale recurrent states
+
+
+def test_the_q_discrepancy_by_hand() -> None:
+    trained, stored = torch.tensor([[3.0, -8.0], [0.0, 0.0]]), torch.tensor([[0.0, -4.0], [0.0, 0.0]])
+    assert q_discrepancy(trained, stored).tolist() == [pytest.approx(5 / 3), 0.0]
+
+
+def test_the_q_discrepancy_of_a_q_near_zero_stays_finite() -> None:
+    assert q_discrepancy(torch.zeros(2), torch.tensor([3e-3, 4e-3])).item() == pytest.approx(5.0)
+
+
+def test_qs_of_different_shapes_have_no_discrepancy() -> None:
+    with pytest.raises(ValueError, match=r"expected equal shapes, got \[2\] and \[3\]"):
+        q_discrepancy(torch.zeros(2), torch.zeros(3))

@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from env.errors import UserError
+from learner.packing import MaskPacking
 from learner.replay.codec import decode, encode
-from learner.sequence import Batch, EpisodeTrace, ForeignSequenceError, SequenceConfig, collate, cut
+from learner.sequence import Batch, EpisodeTrace, ForeignSequenceError, SequenceConfig, collate
+from learner.sequence import cut as cut_with
 
 FILTERS, KINDS, HIDDEN = 11, 3, 5
+PACKING = MaskPacking(FILTERS, KINDS)
 Arrays = dict[str, np.ndarray]
 
 
@@ -25,10 +28,12 @@ def episode(steps: int, *, seed: int = 0, terminated: bool = True, filters: int 
         actions[t] = keep_mask[t] & (random.random(filters) < 0.2)
         keep_mask[t + 1] = keep_mask[t] & ~actions[t]
     return EpisodeTrace(
-        accuracy=np.arange(steps + 1, dtype=np.float32),
-        compression=100 + np.arange(steps + 1, dtype=np.float32),
-        keep_mask=keep_mask,
-        features=random.standard_normal((steps + 1, filters, KINDS)).astype(np.float16),
+        observations={
+            "accuracy": np.arange(steps + 1, dtype=np.float32)[:, None],
+            "compression": 100 + np.arange(steps + 1, dtype=np.float32)[:, None],
+            "keep_mask": keep_mask.astype(np.int8),
+            "features": random.standard_normal((steps + 1, filters, KINDS)).astype(np.float16),
+        },
         actions=actions,
         rewards=1000 + np.arange(steps, dtype=np.float32),
         states=random.standard_normal((steps, 2, HIDDEN)).astype(np.float32),
@@ -37,7 +42,11 @@ def episode(steps: int, *, seed: int = 0, terminated: bool = True, filters: int 
 
 
 def collated(sequences: list[Arrays], config: SequenceConfig) -> Batch:
-    return collate(sequences, config, units=FILTERS, kinds=KINDS, hidden=HIDDEN)
+    return collate(sequences, config, PACKING, hidden=HIDDEN)
+
+
+def cut(trace: EpisodeTrace, config: SequenceConfig) -> list[Arrays]:
+    return cut_with(trace, config, PACKING)
 
 
 @st.composite
@@ -72,7 +81,7 @@ def test_an_episode_of_seven_steps_by_hand() -> None:
     assert third["rewards"].tolist() == [1003, 1004, 1005, 1006]
     assert third["accuracy"].tolist() == [3, 4, 5, 6, 7]
     assert second["compression"].tolist() == [101, 102, 103, 104, 105]
-    assert np.array_equal(second["features"], trace.features[1:6])
+    assert np.array_equal(second["features"], trace.observations["features"][1:6])
     assert np.array_equal(first["state"], trace.states[0])
     assert np.array_equal(third["state"], trace.states[3])
 
@@ -119,15 +128,15 @@ def test_only_the_first_sequence_has_no_burn_in_and_the_state_is_that_of_the_fir
 def test_masks_and_actions_come_back_through_the_codec_from_the_first_mask_and_the_zeroed_indices(
     steps: int, config: SequenceConfig, seed: int, filters: int
 ) -> None:
-    trace = episode(steps, seed=seed, filters=filters)
-    sequences = [decode(encode(sequence)) for sequence in cut(trace, config)]
-    batch = collate(sequences, config, units=filters, kinds=KINDS, hidden=HIDDEN)
+    trace, packing = episode(steps, seed=seed, filters=filters), MaskPacking(filters, KINDS)
+    sequences = [decode(encode(sequence)) for sequence in cut_with(trace, config, packing)]
+    batch = collate(sequences, config, packing, hidden=HIDDEN)
     masks, actions = batch.observations.keep_mask.numpy(), batch.actions.numpy()
     for b, sequence in enumerate(sequences):
         start, burnt, _ = sequence["place"]
         stop = start + int(batch.length[b])
         here = slice(config.burn_in - burnt, config.burn_in + stop - start + 1)
-        assert np.array_equal(masks[here, b], trace.keep_mask[start - burnt : stop + 1])
+        assert np.array_equal(masks[here, b], trace.observations["keep_mask"][start - burnt : stop + 1])
         assert np.array_equal(actions[: stop - start, b], trace.actions[start:stop])
 
 
@@ -146,7 +155,9 @@ def test_bursts_stand_at_the_same_index_with_and_without_burn_in(
         learned = batch.observations[config.burn_in :]
         assert learned.accuracy[: length + 1, b].tolist() == [*real, start + length]
         assert learned.compression[: length + 1, b].tolist() == [*(real + 100), start + length + 100]
-        assert np.array_equal(learned.features[: length + 1, b], trace.features[start : start + length + 1])
+        assert np.array_equal(
+            learned.features[: length + 1, b], trace.observations["features"][start : start + length + 1]
+        )
         before = batch.observations[config.burn_in - burnt : config.burn_in]
         assert before.accuracy[:, b].tolist() == list(range(start - burnt, start))
         assert batch.rewards[:length, b].tolist() == (real + 1000).tolist()

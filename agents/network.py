@@ -1,0 +1,59 @@
+"""What every recurrent Q-network has in common, whatever it sees and does.
+
+The learner (learner/learner.py) knows networks and actions by these words alone: the Controller with its sets of
+filters (agents/controller.py) is one case, a network for ordinary Gymnasium tasks (agents/discrete.py) another.
+Axes: T time, B batch.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["ActionRule", "Judgement", "QNetwork", "RecurrentState"]
+
+RecurrentState = tuple[Tensor, Tensor]  # LSTM h and c, each float32 [B, H]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement:
+    """What a dueling network (Wang et al. 2016) says of T x B states."""
+
+    value: Tensor  # float32 [T, B]
+    advantage: Tensor  # float32 [T, B, A], of each action, or of each filter
+
+    def __getitem__(self, time: slice) -> "Judgement":
+        """A stretch of time."""
+        return Judgement(value=self.value[time], advantage=self.advantage[time])
+
+
+class QNetwork(nn.Module, ABC):
+    """An LSTM Q-network. What it sees is a tensor or an object of tensors [T, B, ...] that is sliced by time."""
+
+    hidden_size: int  # H, of the LSTM
+
+    def initial_state(self, batch: int = 1) -> RecurrentState:
+        """The state at the start of an episode: zeros [B, H]."""
+        zeros = torch.zeros(batch, self.hidden_size, device=next(self.parameters()).device)
+        return zeros, zeros.clone()
+
+    @abstractmethod
+    def forward(self, seen: Any, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
+        """Judge T x B states in a row, starting from `state`."""
+
+    @abstractmethod
+    def q_of(self, judgement: Judgement, action: Tensor, seen: Any) -> Tensor:
+        """Q of the actions [T, B, ...]: float32 [T, B], in rescaled units."""
+
+    @abstractmethod
+    def q_all(self, judgement: Judgement, seen: Any) -> Tensor:
+        """Q of every single action: float32 [T, B, A], in rescaled units."""
+
+
+class ActionRule(Protocol):
+    """Which action a network's judgement asks for."""
+
+    def greedy(self, judgement: Judgement, seen: Any, step: Tensor) -> Tensor:
+        """The best actions [T, B, ...]; `step` int64 [T, B] is the step of the episode, from 0."""
