@@ -2,9 +2,9 @@
 
 An episode climbs a fixed number of equal shares of the network. In each step the action is the shortest prefix of the
 policy's ranking that reaches the next waypoint, counted exactly, `min_width` kept. So every policy gets the same
-retraining, and none can buy more of it by pruning cheap filters. At a target, where the prefix's last filter goes too
-far past it, a few filters at the prefix's end are exchanged for others, so that the action lands. Used by the rollout
-for one state and by the learner's double-Q for a batch of them.
+retraining, and none can buy more of it by pruning cheap filters. Where the prefix's last filter goes too far past a
+target, a few filters at the prefix's end are exchanged for others, so that the action lands. Used by the rollout for
+one state and by the learner's double-Q for a batch of them.
 """
 
 import functools
@@ -23,8 +23,10 @@ __all__ = ["TOLERANCE", "Ladder"]
 
 #: How far past a target an action may land, as a share of the target.
 TOLERANCE = 0.002
-#: Filters that may be given back or taken for it; each more multiplies the exchanges that are looked at.
-_MOST_EXCHANGED, _MOST_LOOKED_AT, _ROWS = 4, 5_000, 8
+#: Filters that may be given back or taken for it at once; each more multiplies the exchanges that are looked at.
+_MOST_EXCHANGED, _MOST_LOOKED_AT = 4, 5_000
+#: How often the exchange that came nearest is the start of further ones, where none has landed.
+_ROUNDS = 6
 
 
 class Ladder:
@@ -53,7 +55,8 @@ class Ladder:
     ) -> None:
         self.plan, self.measure = plan, measure
         self.goals = _goals(targets, waypoints)
-        self._exact = torch.isin(self.goals, torch.tensor(tuple(targets), dtype=torch.float64))
+        rising = torch.tensor(tuple(targets), dtype=torch.float64)
+        self._next_target = rising[torch.searchsorted(rising, self.goals)]
         self.least = torch.minimum(plan.widths, torch.tensor(min_width))
 
     def __len__(self) -> int:
@@ -61,7 +64,7 @@ class Ladder:
         return len(self.goals)
 
     def cut(self, scores: Tensor, alive: Tensor, step: Tensor) -> Tensor:
-        """The shortest prefix of the ranking that reaches the step's waypoint, its end mended to land there.
+        """The shortest prefix of the ranking that reaches the step's waypoint, its end mended to land on targets.
 
         Args:
             scores: float [N, F]; the highest goes first.
@@ -84,55 +87,64 @@ class Ladder:
             high = torch.where(reached, middle, high)
             low = torch.where(reached, low, torch.minimum(middle + 1, high))
         prefix = removable & (position < high[:, None])
-        far = self._exact.to(goal.device)[step.clamp(max=len(self) - 1)]
-        far = far & (self.compression(alive & ~prefix) > goal * (1 + TOLERANCE))
-        for rows in torch.split(far.nonzero().flatten(), _ROWS):  # a few at a time: each is multiplied by all exchanges
-            ends = high[rows, None]
-            prefix[rows] = self._exchanged(prefix[rows], removable[rows], position[rows], alive[rows], goal[rows], ends)
+        target = self._next_target.to(goal.device)[step.clamp(max=len(self) - 1)]
+        far = prefix.any(dim=1) & (self.compression(alive & ~prefix) > target * (1 + TOLERANCE))
+        for row in far.nonzero().flatten().tolist():  # one by one: each is multiplied by all exchanges
+            prefix[row] = self._exchanged(
+                prefix[row], removable[row], position[row], alive[row], goal=target[row], end=high[row]
+            )
         return prefix
 
     def _exchanged(
-        self, prefix: Tensor, removable: Tensor, position: Tensor, alive: Tensor, goal: Tensor, ends: Tensor
+        self, prefix: Tensor, removable: Tensor, position: Tensor, alive: Tensor, *, goal: Tensor, end: Tensor
     ) -> Tensor:
-        """Prefixes that go too far, changed by as few filters as it takes to land, or else to come nearest.
+        """A prefix that goes too far, changed by as few filters as it takes to land, or else to come nearest.
 
-        Within a layer the highest-ranked always go first, so that an exchange is a change of the layers' counts. Of
-        those that land with equally few filters, the one whose filters stand nearest to the prefix's end.
+        Within a layer the highest-ranked always go first, so that an exchange is a change of the layers' counts.
         """
-        layers, device = len(self.plan.layers), alive.device
-        order = torch.where(removable, self._rank_in_layer(position, alive), alive.shape[-1])
+        order = self._rank_in_layer(position[None], alive[None])[0]
+        layer = self.plan.layer_of.to(alive.device)
+        table = torch.zeros(len(self.plan.layers), alive.shape[-1], dtype=torch.float64, device=alive.device)
+        table[layer[removable], order[removable]] = (position - end).abs()[removable].to(torch.float64)
+        distances = torch.nn.functional.pad(table.cumsum(1), (1, 0))
         cut, spare = self.plan.kept_per_layer(prefix), self.plan.kept_per_layer(removable)
-        kept, done = self.plan.kept_per_layer(alive), torch.zeros(len(goal), dtype=torch.bool, device=device)
-        best, over = cut.clone(), self.measure.compression(self.plan, kept - cut) - goal
-        for changes in _exchanges(layers):
-            counts = cut[:, None] + changes.to(device)
-            past = self.measure.compression(self.plan, kept[:, None] - counts.clamp(min=0)) - goal[:, None]
-            allowed = (past >= 0) & ((counts >= 0) & (counts <= spare[:, None])).all(-1) & ~done[:, None]
-            fits = allowed & (past <= goal[:, None] * TOLERANCE)
-            landed = fits.any(dim=1)
-            moved = torch.where(fits, self._moved(changes.to(device), cut, order, position, ends), torch.inf)
-            which = torch.where(landed, moved.argmin(1), torch.where(allowed, past, torch.inf).argmin(1))
-            reached = past.gather(1, which[:, None]).squeeze(1)
-            better = landed | (allowed.any(dim=1) & (reached < over))
-            best[better] = counts[better, which[better]]
-            over = torch.where(better, reached, over)
-            done |= landed
-            if bool(done.all()):
-                break
-        return removable & (order < best[:, self.plan.layer_of.to(device)])
+        counts = self._landing(cut, spare, self.plan.kept_per_layer(alive), goal, distances)
+        return removable & (order < counts[layer])
 
-    def _moved(self, changes: Tensor, cut: Tensor, order: Tensor, position: Tensor, ends: Tensor) -> Tensor:
-        """How far the filters of each change stand from the prefix's end, in places: float64 [N, changes]."""
-        layer = self.plan.layer_of.to(order.device)
-        within = order - cut[:, layer]  # 0 is the first filter that a layer would give up next, -1 the last it gave
-        distance = (position - ends).abs().to(torch.float64)
-        total = torch.zeros(len(order), len(changes), dtype=torch.float64, device=order.device)
-        for amount in range(-_MOST_EXCHANGED, _MOST_EXCHANGED + 1):
-            inside = (within >= 0) & (within < amount) if amount > 0 else (within < 0) & (within >= amount)
-            per_layer = torch.zeros(cut.shape, dtype=torch.float64, device=order.device)
-            per_layer.index_add_(1, layer, distance * inside)
-            total += per_layer @ (changes == amount).to(torch.float64).T
-        return total
+    def _landing(self, cut: Tensor, spare: Tensor, kept: Tensor, goal: Tensor, distances: Tensor) -> Tensor:
+        """Filters to take from each layer, int64 [L], so that the goal is reached and hardly passed.
+
+        Exchanges of one filter are tried first, then of two, and so on; where none of them lands, the one that came
+        nearest, on either side, is where further ones start from. Of those that land together, the one whose filters
+        stand nearest to the prefix's end.
+
+        Args:
+            cut: int64 [L], what the prefix takes from each layer; it passes the goal.
+            spare: int64 [L], what may be taken.
+            kept: int64 [L], what is there.
+            goal: float64 [], a compression.
+            distances: float64 [L, F + 1], of the first k filters that a layer would give up, to the prefix's end.
+
+        """
+        best, over = cut, self.measure.compression(self.plan, kept - cut) - goal
+        tried, start = {tuple(cut.tolist())}, cut
+        for _ in range(_ROUNDS):
+            near, away = start, torch.full_like(over, torch.inf)
+            for changes in _exchanges(len(self.plan.layers)):
+                counts = start + changes.to(start.device)
+                counts = counts[((counts >= 0) & (counts <= spare)).all(-1)]
+                past = self.measure.compression(self.plan, kept - counts) - goal
+                fits = (past >= 0) & (past <= goal * TOLERANCE)
+                if bool(fits.any()):
+                    return counts[fits][_moved(counts[fits], cut, distances).argmin()]
+                best, over = _nearest(counts, torch.where(past >= 0, past, torch.inf), best, over)
+                near, away = _nearest(counts, past.abs(), near, away)
+            fresh = [place for place in (best, near) if tuple(place.tolist()) not in tried]
+            if not fresh:
+                break
+            start = fresh[0]
+            tried.add(tuple(start.tolist()))
+        return best
 
     def greedy(self, judgement: Judgement, seen: Observations, step: Tensor) -> Tensor:
         """The set that a Controller's advantages ask for at each step: bool [T, B, F]."""
@@ -158,6 +170,18 @@ class Ladder:
         )
         kept = self.plan.kept_per_layer(alive)
         return place - (kept.cumsum(-1) - kept).gather(-1, layer)
+
+
+def _nearest(counts: Tensor, away: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    """The row of `counts` [N, L] that is least `away` [N], and how far; `best` where none is nearer than `least`."""
+    if len(away) == 0 or float(away.min()) >= float(least):
+        return best, least
+    return counts[away.argmin()], away.min()
+
+
+def _moved(counts: Tensor, cut: Tensor, distances: Tensor) -> Tensor:
+    """How far the filters that are taken or given back stand from the prefix's end, in places: float64 [N]."""
+    return (distances.gather(1, counts.T) - distances.gather(1, cut[:, None])).abs().sum(0)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from agents.ladder import TOLERANCE, Ladder
 from env.channels import ChannelPlan
 from env.measure import Measure
-from env.networks import resnet18, small, vgg16
+from env.networks import resnet18, resnet56, small, vgg16
 
 torch.set_num_threads(1)
 MADE: dict[tuple[int, ...], ChannelPlan] = {}
@@ -92,7 +92,9 @@ def test_a_cut_is_the_greedy_prefix_for_each_state_of_a_batch(
     assert cut.dtype == torch.bool
     for row in range(5):
         expected = greedy(ladder, scores[row], alive[row], int(step[row]))
-        if int(step[row]) >= len(ladder) - 1:  # a target: the prefix, or an exchange at its end
+        without = alive[row].clone()
+        without[expected] = False
+        if float(ladder.compression(without)) >= target:  # the prefix, or an exchange at its end
             check_target(ladder, scores[row], alive[row], cut[row], expected)
         else:
             assert cut[row].nonzero().flatten().tolist() == sorted(expected)
@@ -173,6 +175,32 @@ def test_real_networks_land_within_the_tolerance(make: Callable[[], nn.Module], 
         kept = plan.kept_per_layer(~row)
         assert 0 <= 1 - int(plan.cost(measure, kept)) / given - target <= target * TOLERANCE
         assert bool((kept >= 2).all())
+
+
+@pytest.mark.parametrize("waypoints", [1, 10])
+@pytest.mark.parametrize("measure", ["parameters", "macs", "bytes"])
+@pytest.mark.parametrize("make", [lambda: resnet18(width=0.25), resnet56])
+@pytest.mark.parametrize("target", [0.3, 0.5, 0.9])
+def test_rankings_that_empty_one_layer_after_the_other_land_too(
+    make: Callable[[], nn.Module], measure: str, target: float, waypoints: int
+) -> None:
+    plan = real(make)
+    given = int(plan.cost(measure, plan.widths))
+    ladder = Ladder(plan, measure=Measure(measure, given), targets=(target,), waypoints=waypoints, min_width=2)
+    scores = plan.layer_of + torch.rand(1, plan.units, generator=torch.Generator().manual_seed(3))
+    alive = torch.ones(1, plan.units, dtype=torch.bool)
+    for step in range(waypoints):
+        alive = alive & ~ladder.cut(scores, alive, torch.tensor([step]))
+    assert 0 <= float(ladder.compression(alive)) - target <= target * TOLERANCE
+
+
+def test_a_waypoint_before_the_target_does_not_leap_over_it() -> None:
+    plan = plan_of(5, 7, 3)  # of 636 parameters a filter of the first layer holds 83, one of the last 68
+    ladder = ladder_of(plan, 68 / 636, waypoints=2, min_width=1)
+    scores = torch.zeros(1, plan.units)
+    scores[0, 0] = 1.0
+    action = ladder.cut(scores, torch.ones(1, plan.units, dtype=torch.bool), torch.tensor([0]))
+    assert action[0].nonzero().flatten().tolist() == [12]  # half of the target is asked; 83 would be past it
 
 
 @functools.cache
