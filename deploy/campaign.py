@@ -15,6 +15,7 @@ from deploy.progress import Progress
 from deploy.recover import Recovery
 from deploy.report import write_report
 from deploy.search import search
+from env.data import Dataset
 from learner.replay.connection import check_server, connect
 
 __all__ = ["run_campaign"]
@@ -32,6 +33,13 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
     progress.stage("prepare", "images")
     dataset = preflight(config, on_images=partial(progress.share, "images"))
     folder = CampaignFolder.create(out, dump(config), _resolved)
+    with folder.held():
+        return _run(folder, config, dataset, redis_url=redis_url, progress=progress)
+
+
+def _run(
+    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, *, redis_url: str, progress: Progress
+) -> dict[str, Any]:
     if not folder.versions_json.is_file():
         write_json(folder.versions_json, versions())
     baseline = prepare(folder, config, dataset, progress)

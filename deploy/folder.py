@@ -7,6 +7,7 @@ newline: a last line without one is what a crash left and counts as not written.
 
 import contextlib
 import errno
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -133,6 +134,24 @@ class CampaignFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.campaign_toml, campaign_toml)
         return folder
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from running this campaign; UserError when one does. Let go by the kernel at a kill.
+
+        Looking (status, report, export) needs no hold.
+        """
+        with (self.path / "lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"campaign {self.path}",
+                    expected="that nobody runs it",
+                    got="another process that does",
+                    remedy=f"wait for it or end it; zeroout status {self.path} shows how far it is",
+                ) from None
+            yield
 
     @property
     def campaign_toml(self) -> Path:

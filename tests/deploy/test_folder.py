@@ -232,3 +232,12 @@ def test_a_campaign_of_an_older_version_that_did_not_know_a_key_is_resumed(campa
     assert campaign.campaign_toml.read_text() == TOML
     with pytest.raises(UserError, match=r"brand_new: expected 11 .*got 10"):
         CampaignFolder.create(campaign.path, TOML + "brand_new = 11\n", resolve)
+
+
+def test_a_campaign_is_run_by_one_process_at_a_time_and_looked_at_by_all(campaign: CampaignFolder) -> None:
+    with campaign.held():
+        with pytest.raises(UserError, match="expected that nobody runs it, got another process"), campaign.held():
+            pass
+        assert CampaignFolder.open(campaign.path).read_episodes() == []
+    with campaign.held():  # let go
+        pass
