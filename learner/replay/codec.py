@@ -32,6 +32,7 @@ _MAX_AXES = 8
 _MAX_NAME_BYTES = 255
 # The place in this tuple is the code on the wire: append only.
 _DTYPES = tuple(np.dtype(name) for name in ("u1", "?", "<i2", "<i4", "<i8", "<f2", "<f4"))
+_SHAPES = tuple(struct.Struct(f"<{axes}I") for axes in range(_MAX_AXES + 1))
 _CODES = {dtype.name: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -52,20 +53,20 @@ def encode(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def decode(payload: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArray[Any]]:
-    """Return fresh, writable arrays in the order they were encoded.
+    """Return the arrays in the order they were encoded: read-only views into `payload`, aligned as they lie there.
 
     Raises PayloadError for anything but an intact payload of at most `max_bytes` in this format version.
     """
     count, body = unseal(_MAGIC, payload, max_bytes=max_bytes)
-    reader = _Reader(body)
     arrays: dict[str, npt.NDArray[Any]] = {}
+    at = 0
     for _ in range(count):
-        name, array = _decode_one(reader, max_bytes)
+        name, array, at = _decode_one(body, at, max_bytes)
         if name in arrays:
             raise PayloadError("payload", expected="every name once", got=f"{name!r} twice")
         arrays[name] = array
-    if reader.left:
-        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=f"{reader.left} bytes")
+    if at < len(body):
+        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=f"{len(body) - at} bytes")
     return arrays
 
 
@@ -128,52 +129,47 @@ def _encode_one(name: str, array: npt.NDArray[Any]) -> bytes:
     return head + array.astype(_DTYPES[code], copy=False).tobytes()
 
 
-def _decode_one(reader: "_Reader", max_bytes: int) -> tuple[str, npt.NDArray[Any]]:
+def _decode_one(body: memoryview, at: int, max_bytes: int) -> tuple[str, npt.NDArray[Any], int]:
+    """Return the name and the elements of the array that begins at byte `at` of the body, and where the next begins."""
+    _need(body, at, 1)
+    name_end = at + 1 + body[at]
+    _need(body, at, body[at] + 3)
+    code, axes = body[name_end], body[name_end + 1]
     try:
-        name = bytes(reader.take(reader.byte())).decode()
+        name = str(body[at + 1 : name_end], "utf-8")
     except UnicodeDecodeError as error:
         raise PayloadError("array's name", expected="UTF-8", got=repr(error.object[:40])) from None
-    code, axes = reader.byte(), reader.byte()
     if code >= len(_DTYPES) or axes > _MAX_AXES:
         raise PayloadError(
             f"array {name!r}",
             expected=f"a dtype code below {len(_DTYPES)} and at most {_MAX_AXES} axes",
             got=f"code {code} and {axes} axes",
         )
-    shape = struct.unpack(f"<{axes}I", reader.take(4 * axes))
-    return name, _elements(reader, name, _DTYPES[code], shape, max_bytes)
+    start = name_end + 2
+    _need(body, start, 4 * axes)
+    shape = _SHAPES[axes].unpack_from(body, start)
+    array = _elements(body, start + 4 * axes, name, _DTYPES[code], shape, max_bytes)
+    return name, array, start + 4 * axes + array.nbytes
 
 
 def _elements(
-    reader: "_Reader", name: str, dtype: np.dtype[Any], shape: tuple[int, ...], max_bytes: int
+    body: memoryview, at: int, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], max_bytes: int
 ) -> npt.NDArray[Any]:
+    size = math.prod(shape)
     # With an axis of length 0 the others need no bytes and could hold any number: they are bounded as well.
-    if math.prod(max(length, 1) for length in shape) * dtype.itemsize > max_bytes:
+    bound = size or math.prod(max(length, 1) for length in shape)
+    if bound * dtype.itemsize > max_bytes:
         raise PayloadError(f"array {name!r}", expected=f"at most {max_bytes} bytes", got=f"shape {shape}")
-    raw = reader.take(math.prod(shape) * dtype.itemsize)
-    if dtype.kind == "b" and np.any(np.frombuffer(raw, np.uint8) > 1 if raw else False):
+    _need(body, at, size * dtype.itemsize)
+    if dtype.kind == "b" and bytes(body[at : at + size]).translate(None, b"\0\1"):
         raise PayloadError(f"array {name!r}", expected="bool elements of 0 or 1", got="another byte")
-    array = np.empty(shape, dtype.newbyteorder("="))
-    if raw:
-        array[...] = np.frombuffer(raw, dtype).reshape(shape)
-    return array
+    if not size:  # there may be no byte left that a view could begin at
+        array = np.empty(shape, dtype)
+        array.flags.writeable = False
+        return array
+    return np.frombuffer(body, dtype, size, at).reshape(shape)
 
 
-class _Reader:
-    """Takes bytes off the front of a body; PayloadError when it holds fewer than are asked for."""
-
-    def __init__(self, body: memoryview) -> None:
-        self._body, self._at = body, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._body) - self._at
-
-    def take(self, count: int) -> memoryview:
-        if count > self.left:
-            raise PayloadError("payload", expected=f"{count} more bytes", got=f"{self.left}")
-        self._at += count
-        return self._body[self._at - count : self._at]
-
-    def byte(self) -> int:
-        return self.take(1)[0]
+def _need(body: memoryview, at: int, count: int) -> None:
+    if at + count > len(body):
+        raise PayloadError("payload", expected=f"{count} more bytes", got=f"{len(body) - at}")

@@ -8,20 +8,22 @@ R2D2 (Kapturowski et al. 2019, section 2.3; Schaul et al. 2016) in O(log n), for
 
 Called by the actors (`insert`) and the learner (`sample`, `update`). All random numbers come from the generator
 that is passed in and travel as arguments, so a seeded run repeats exactly. Every call may be repeated after a lost
-reply. A `Replay` is one race; more of them, each under a prefix of its own, can stand side by side as shards
-(`ReplayStats.total_weight` is what one would be drawn by).
+reply. A `Replay` is one race; more of them, each under a prefix of its own, stand side by side in shards.py.
 
 In Redis, under `{prefix}:replay:`, where a *key* is `generation:id` and a generation is never used twice:
 
     clock   sorted set  key -> time of the next ring       data    hash  key -> payload
-    age     sorted set  key -> generation                  weight  hash  key -> w
+    age     sorted set  key -> generation                  weight  hash  key -> "w bytes"
     state   hash        counters, now, total weight        ids     hash  id -> generation
-    last:*  list        a sampler's last result, for a minute
+    last:*  list        a caller's last result, for a minute
+
+A server is shared, so any value may be foreign or damaged. A sequence that is not whole is removed and counted as
+rejected, and the rest goes on; a key of the wrong type, or a counter that is no number, is the user's to mend.
 """
 
 import logging
 import math
-import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,9 +33,9 @@ import numpy.typing as npt
 import redis
 
 from learner.replay.codec import PayloadError, decode
-from learner.replay.connection import namespace, script
+from learner.replay.race import Counts, Race
 
-__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample"]
+__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample", "importance_weights", "stats_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,6 @@ _log = logging.getLogger(__name__)
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 _MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
-_KEEP_RESULT_S = 60  # far above the time in which redis-py repeats a command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +116,7 @@ class ReplayStats:
     sampled: int
     evicted: int
     rejected: int
-    """Removed because their payload did not decode."""
+    """Removed because they were damaged: their payload did not decode, or something belonging to them was missing."""
     total_weight: float
     learner_waits: int
     """Sample requests that were refused so far."""
@@ -129,15 +130,8 @@ class Replay:
     """The replay of the campaign `prefix`; one instance for each thread, as the generator is not shared."""
 
     def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
-        tag = namespace(prefix)
-        self._client, self._config, self._rng = client, config, rng
-        self._keys = [f"{tag}:replay:{name}" for name in ("clock", "data", "weight", "age", "ids", "state")]
-        # Not from `rng`: two processes with the same seed must not take each other's results.
-        self._me, self._requests = secrets.token_hex(8), 0
-        self._last = f"{tag}:replay:last:{self._me}"
-        self._insert, self._sample, self._update, self._reject, self._recompute = (
-            script(client, "race.lua", f"{name}.lua") for name in ("insert", "sample", "update", "reject", "recompute")
-        )
+        self._config, self._rng = config, rng
+        self._race = Race(client, prefix)
         self._learner_waits = False
 
     def insert(self, items: Sequence[Item]) -> int:
@@ -156,7 +150,7 @@ class Replay:
             args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
             for i in chunk:
                 args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
-            held += int(self._insert(keys=self._keys, args=args))
+            held += int(self._race.run("insert", *args))
         return held
 
     def sample(self, batch_size: int) -> Sample | None:
@@ -166,13 +160,17 @@ class Replay:
         `inserted * replay_ratio + replay_ratio_tolerance`. A payload that does not decode is removed, logged and
         drawn anew; only if the limiter refuses that, the sample is shorter than asked for.
         """
-        if not 1 <= batch_size <= _MAX_BATCH:
-            raise ValueError(f"batch_size must be 1 to {_MAX_BATCH}, got {batch_size}")
+        return self.draw(batch_size, asked=batch_size)
+
+    def draw(self, count: int, *, asked: int) -> Sample | None:
+        """Draw `count` sequences (1 to 2048) of a batch of `asked`, of which other shards give the rest."""
+        if not 1 <= count <= _MAX_BATCH:
+            raise ValueError(f"batch_size must be 1 to {_MAX_BATCH}, got {count}")
         keys: list[str] = []
         probabilities: list[float] = []
         arrays: list[dict[str, npt.NDArray[Any]]] = []
-        while len(keys) < batch_size:
-            drawn = self._draw(batch_size - len(keys))
+        while len(keys) < count:
+            drawn = self._drawn(count - len(keys), asked)
             if drawn is None:
                 break
             for key, probability, decoded in self._decoded(*drawn):
@@ -200,76 +198,43 @@ class Replay:
             args: list[Any] = []
             for i in range(start, min(start + _MAX_BATCH, len(keys))):
                 args += [keys[i], weights[i], waits[i]]
-            found += int(self._update(keys=self._keys, args=args))
+            found += int(self._race.run("update", *args))
         return found
 
     def stats(self) -> ReplayStats:
-        """Return the counters, all of one moment."""
-        with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.zcard(self._keys[3])
-            pipeline.hgetall(self._keys[5])
-            size, fields = pipeline.execute()
-        state = {name.decode(): value for name, value in fields.items()}
-        count = {
-            name: int(state.get(name, 0))
-            for name in ("bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch")
-        }
-        ahead = count["inserted"] * self._config.replay_ratio - count["sampled"]
-        started = count["inserted"] >= self._config.min_sequences and size > 0
-        tolerance, batch = self._config.replay_ratio_tolerance, count["batch"]
-        return ReplayStats(
-            size=size,
-            bytes=count["bytes"],
-            inserted=count["inserted"],
-            sampled=count["sampled"],
-            evicted=count["evicted"],
-            rejected=count["rejected"],
-            total_weight=float(state.get("total", 0.0)),
-            learner_waits=count["waits"],
-            learner_waiting=not started or ahead < batch - tolerance,
-            # One batch above the learner's own bound: the two can never both wait.
-            actors_waiting=started and ahead > batch + tolerance,
-        )
+        """Return the counters, all of one moment; may be called from any thread."""
+        with self._race.client.pipeline(transaction=True) as pipeline:
+            self._race.ask_counts(pipeline)
+            return stats_of(self._config, self._race.counts(pipeline.execute(raise_on_error=False)))
 
-    def recompute_total(self) -> float:
-        """Sum the weights anew against rounding drift, and return the sum.
-
-        O(n log n) in one script; `sample` does it by itself when the drift could matter.
-        """
-        return float(self._recompute(keys=self._keys))
-
-    def _draw(self, count: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
+    def _drawn(self, count: int, asked: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
         """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
-        self._requests += 1
         config = self._config
-        args: list[Any] = [
-            f"{self._me}:{self._requests}",
-            count,
-            config.min_sequences,
-            config.replay_ratio,
-            config.replay_ratio_tolerance,
-            _KEEP_RESULT_S,
-            *self._rng.standard_exponential(count).tolist(),
-        ]
-        answer: Any = self._sample(keys=[*self._keys, self._last], args=args)
+        limits = (config.min_sequences, config.replay_ratio, config.replay_ratio_tolerance)
+        answer = self._race.run("sample", count, asked, *limits, *self._rng.standard_exponential(count).tolist())
         self._log_waiting(answer if len(answer) == 2 else None)
         return None if len(answer) == 2 else tuple(answer)
 
     def _decoded(
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
     ) -> Iterator[tuple[str, float, dict[str, npt.NDArray[Any]]]]:
-        """Yield (key, probability, arrays) of what decodes, and reject the rest."""
-        damaged: set[str] = set()
-        for key, probability, payload in zip(keys, probabilities, payloads, strict=True):
+        """Yield (key, probability, arrays) of what decodes, and take the other draws back."""
+        taken_back: Counter[str] = Counter()
+        for name, probability, payload in zip(keys, probabilities, payloads, strict=True):
+            key = name.decode()
+            if payload is None:  # evicted between a lost reply and its repetition
+                taken_back[key] += 1
+                continue
             try:
-                # None: evicted between a lost reply and its repetition; empty does not decode either.
-                yield key.decode(), float(probability), decode(payload or b"")
+                arrays = decode(payload)
             except PayloadError as error:
-                if key.decode() not in damaged:
-                    _log.warning("replay: sequence %s does not decode and is removed: %s", key.decode(), error)
-                damaged.add(key.decode())
-        if damaged:
-            self._reject(keys=self._keys, args=sorted(damaged))
+                if key not in taken_back:
+                    _log.warning("replay: sequence %s does not decode and is removed: %s", key, error)
+                taken_back[key] += 1
+            else:
+                yield key, float(probability), arrays
+        if taken_back:
+            self._race.run("reject", *(value for pair in taken_back.items() for value in pair))
 
     def _log_waiting(self, refused: list[int] | None) -> None:
         """Log the turns only: a waiting learner asks many times a second."""
@@ -300,6 +265,26 @@ class Replay:
         with np.errstate(over="ignore"):  # what overflows is clipped as well
             weights: list[float] = np.clip(values**self._config.priority_exponent, _MIN_WEIGHT, _MAX_WEIGHT).tolist()
         return weights
+
+
+def stats_of(config: ReplayConfig, counts: Counts) -> ReplayStats:
+    """Return what the counters mean under `config`; of several shards, counts are summed up first."""
+    ahead = counts["inserted"] * config.replay_ratio - counts["sampled"]
+    started = counts["inserted"] >= config.min_sequences and counts["size"] > 0
+    tolerance, batch = config.replay_ratio_tolerance, counts["batch"]
+    return ReplayStats(
+        size=int(counts["size"]),
+        bytes=int(counts["bytes"]),
+        inserted=int(counts["inserted"]),
+        sampled=int(counts["sampled"]),
+        evicted=int(counts["evicted"]),
+        rejected=int(counts["rejected"]),
+        total_weight=counts["total"],
+        learner_waits=int(counts["waits"]),
+        learner_waiting=not started or ahead < batch - tolerance,
+        # One batch above the learner's own bound: the two can never both wait.
+        actors_waiting=started and ahead > batch + tolerance,
+    )
 
 
 def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float32]:
