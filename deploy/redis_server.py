@@ -149,10 +149,10 @@ def find_server() -> Path:
                 got=repr(chosen),
                 remedy="correct it, or unset it",
             )
-        return Path(chosen).resolve()
+        return Path(chosen).absolute()
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
-            return Path(found).resolve()
+            return Path(found).absolute()  # not resolved: Debian's is a link, and the program goes by its name
     return _bundled_server()
 
 

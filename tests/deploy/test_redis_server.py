@@ -168,6 +168,16 @@ def test_the_program_is_the_users_choice_then_the_path_then_the_wheel(
         find_server()
 
 
+def test_a_program_that_is_a_link_is_started_by_the_links_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "redis-check-rdb").touch(0o700)  # as Debian has it: one program, which looks at its own name
+    (tmp_path / "redis-server").symlink_to("redis-check-rdb")
+    monkeypatch.delenv("ZEROOUT_REDIS_SERVER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_server() == tmp_path / "redis-server"
+    monkeypatch.setenv("ZEROOUT_REDIS_SERVER", str(tmp_path / "redis-server"))
+    assert find_server() == tmp_path / "redis-server"
+
+
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="expected a folder that can be written"):
