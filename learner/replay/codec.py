@@ -57,16 +57,17 @@ def decode(payload: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArr
 
     Raises PayloadError for anything but an intact payload of at most `max_bytes` in this format version.
     """
-    count, body = unseal(_MAGIC, payload, max_bytes=max_bytes)
+    count, _ = unseal(_MAGIC, payload, max_bytes=max_bytes)
     arrays: dict[str, npt.NDArray[Any]] = {}
-    at = 0
+    at = _HEADER_BYTES
     for _ in range(count):
-        name, array, at = _decode_one(body, at, max_bytes)
+        name, array, at = _decode_one(payload, at, max_bytes)
         if name in arrays:
             raise PayloadError("payload", expected="every name once", got=f"{name!r} twice")
         arrays[name] = array
-    if at < len(body):
-        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=f"{len(body) - at} bytes")
+    if at < len(payload):
+        got = f"{len(payload) - at} bytes"
+        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=got)
     return arrays
 
 
@@ -129,47 +130,38 @@ def _encode_one(name: str, array: npt.NDArray[Any]) -> bytes:
     return head + array.astype(_DTYPES[code], copy=False).tobytes()
 
 
-def _decode_one(body: memoryview, at: int, max_bytes: int) -> tuple[str, npt.NDArray[Any], int]:
-    """Return the name and the elements of the array that begins at byte `at` of the body, and where the next begins."""
-    _need(body, at, 1)
-    name_end = at + 1 + body[at]
-    _need(body, at, body[at] + 3)
-    code, axes = body[name_end], body[name_end + 1]
+def _decode_one(payload: bytes, at: int, max_bytes: int) -> tuple[str, npt.NDArray[Any], int]:
+    """Return the name and the elements of the array that begins at byte `at`, and where the next one begins."""
     try:
-        name = str(body[at + 1 : name_end], "utf-8")
+        end = at + 1 + payload[at]  # of the name
+        code, axes = payload[end], payload[end + 1]
+        name = payload[at + 1 : end].decode()
+        if code >= len(_DTYPES) or axes > _MAX_AXES:
+            raise PayloadError(
+                f"array {name!r}",
+                expected=f"a dtype code below {len(_DTYPES)} and at most {_MAX_AXES} axes",
+                got=f"code {code} and {axes} axes",
+            )
+        shape = _SHAPES[axes].unpack_from(payload, end + 2)
     except UnicodeDecodeError as error:
         raise PayloadError("array's name", expected="UTF-8", got=repr(error.object[:40])) from None
-    if code >= len(_DTYPES) or axes > _MAX_AXES:
-        raise PayloadError(
-            f"array {name!r}",
-            expected=f"a dtype code below {len(_DTYPES)} and at most {_MAX_AXES} axes",
-            got=f"code {code} and {axes} axes",
-        )
-    start = name_end + 2
-    _need(body, start, 4 * axes)
-    shape = _SHAPES[axes].unpack_from(body, start)
-    array = _elements(body, start + 4 * axes, name, _DTYPES[code], shape, max_bytes)
-    return name, array, start + 4 * axes + array.nbytes
+    except (IndexError, struct.error):
+        raise PayloadError("payload", expected="another array", got=f"{len(payload) - at} bytes") from None
+    dtype, start = _DTYPES[code], end + 2 + 4 * axes
+    stop = start + math.prod(shape) * dtype.itemsize
+    _check_elements(payload, name, dtype, shape, start, stop, max_bytes)
+    return name, np.ndarray(shape, dtype, payload, start), stop
 
 
-def _elements(
-    body: memoryview, at: int, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], max_bytes: int
-) -> npt.NDArray[Any]:
-    size = math.prod(shape)
+def _check_elements(
+    payload: bytes, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: int, max_bytes: int
+) -> None:
     # With an axis of length 0 the others need no bytes and could hold any number: they are bounded as well.
-    bound = size or math.prod(max(length, 1) for length in shape)
-    if bound * dtype.itemsize > max_bytes:
+    bound = stop - start or math.prod(max(length, 1) for length in shape) * dtype.itemsize
+    if bound > max_bytes:
         raise PayloadError(f"array {name!r}", expected=f"at most {max_bytes} bytes", got=f"shape {shape}")
-    _need(body, at, size * dtype.itemsize)
-    if dtype.kind == "b" and bytes(body[at : at + size]).translate(None, b"\0\1"):
+    if stop > len(payload):
+        expected, got = f"{stop - start} more bytes", f"{len(payload) - start}"
+        raise PayloadError(f"array {name!r}", expected=expected, got=got)
+    if dtype.kind == "b" and payload[start:stop].translate(None, b"\0\1"):
         raise PayloadError(f"array {name!r}", expected="bool elements of 0 or 1", got="another byte")
-    if not size:  # there may be no byte left that a view could begin at
-        array = np.empty(shape, dtype)
-        array.flags.writeable = False
-        return array
-    return np.frombuffer(body, dtype, size, at).reshape(shape)
-
-
-def _need(body: memoryview, at: int, count: int) -> None:
-    if at + count > len(body):
-        raise PayloadError("payload", expected=f"{count} more bytes", got=f"{len(body) - at}")

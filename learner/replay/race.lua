@@ -21,7 +21,7 @@ local function finite(number)
   return number and number - number == 0
 end
 
--- Call `command key values...` for any even number of values.
+-- Call `command key values...` for any number of values, in pairs where the command takes pairs.
 local function write(command, key, values)
   for i = 1, #values, AT_ONCE do
     redis.call(command, key, unpack(values, i, math.min(i + AT_ONCE - 1, #values)))
@@ -56,10 +56,12 @@ local function run_also_when_full()
 end
 
 -- Keep what a request did, for the case that its reply is lost.
-local function remember(values)
+local function remember(...)
   redis.call('DEL', LAST)
   redis.call('RPUSH', LAST, REQUEST)
-  write('RPUSH', LAST, values)
+  for _, values in ipairs({...}) do
+    write('RPUSH', LAST, values)
+  end
   redis.call('EXPIRE', LAST, KEEP_S)
 end
 

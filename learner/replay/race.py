@@ -69,6 +69,11 @@ class Race:
             )  # fmt: skip
         return result
 
+    def payloads(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the payloads of sequences just drawn; None for one that has been evicted since."""
+        found: Any = self.client.hmget(self.data, keys)
+        return list(found)
+
     def ask_counts(self, pipeline: Pipeline) -> None:
         """Put the two commands whose answers `counts` understands into `pipeline`."""
         pipeline.zcard(self.age)

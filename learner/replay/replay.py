@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 # A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 _MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
-_INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
+_INSERT_SEQUENCES, _INSERT_BYTES = 64, 512 << 10  # of one script, which holds up every other client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,9 +211,14 @@ class Replay:
         """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
         config = self._config
         limits = (config.min_sequences, config.replay_ratio, config.replay_ratio_tolerance)
-        answer = self._race.run("sample", count, asked, *limits, *self._rng.standard_exponential(count).tolist())
-        self._log_waiting(answer if len(answer) == 2 else None)
-        return None if len(answer) == 2 else tuple(answer)
+        granted, *answer = self._race.run(
+            "sample", count, asked, *limits, *self._rng.standard_exponential(count).tolist()
+        )
+        self._log_waiting(None if granted else answer)
+        if not granted:
+            return None
+        keys, probabilities = answer
+        return keys, probabilities, self._race.payloads(keys)
 
     def _decoded(
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
@@ -222,7 +227,7 @@ class Replay:
         taken_back: Counter[str] = Counter()
         for name, probability, payload in zip(keys, probabilities, payloads, strict=True):
             key = name.decode()
-            if payload is None:  # evicted between a lost reply and its repetition
+            if payload is None:  # evicted since it was drawn
                 taken_back[key] += 1
                 continue
             try:

@@ -1,14 +1,11 @@
--- Draw k sequences with replacement: the next k rings of the race. The result is {keys, probabilities, payloads}, or
--- {inserted, sampled} when the learner must wait.
+-- Draw k sequences with replacement: the next k rings of the race. The result is {1, keys, probabilities}, or
+-- {0, inserted, sampled} when the learner must wait. The caller reads the payloads with a plain HMGET: through a script
+-- they would be copied twice more, which takes longer than everything here.
 -- ARGV from 3: k, batch (what the learner asked for), min_sequences, replay_ratio, tolerance, then k times Exp(1)
 local k, waits = tonumber(ARGV[3]), 7
 
-local function drawn(keys, probabilities)
-  return answer({keys, probabilities, redis.call('HMGET', DATA, unpack(keys))})
-end
-
 if is_repeated() then
-  return drawn(redis.call('LRANGE', LAST, 1, k), redis.call('LRANGE', LAST, k + 1, -1))
+  return answer({1, redis.call('LRANGE', LAST, 1, k), redis.call('LRANGE', LAST, k + 1, -1)})
 end
 run_also_when_full()
 if not untouched then
@@ -19,7 +16,7 @@ state.batch = tonumber(ARGV[4])
 local function refused()
   state.waits = state.waits + 1
   write_state()
-  return answer({state.inserted, state.sampled})
+  return answer({0, state.inserted, state.sampled})
 end
 
 -- The k sequences that ring first (all, where there are fewer), by time: keys, times, weights.
@@ -87,9 +84,5 @@ end
 write('ZADD', CLOCK, wound)
 state.sampled = state.sampled + k
 write_state()
-local kept = {unpack(names)}
-for i = 1, k do
-  kept[k + i] = probabilities[i]
-end
-remember(kept)
-return drawn(names, probabilities)
+remember(names, probabilities)
+return answer({1, names, probabilities})
