@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 # A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 _MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
-_INSERT_SEQUENCES, _INSERT_BYTES = 64, 512 << 10  # of one script, which holds up every other client
+_INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
 
 
 @dataclass(frozen=True, kw_only=True)
