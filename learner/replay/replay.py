@@ -31,11 +31,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import redis
+from redis.client import Pipeline
 
 from learner.replay.codec import PayloadError, decode
 from learner.replay.race import Counts, Race
 
-__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample", "importance_weights", "stats_of"]
+__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample", "WaitingLog", "importance_weights", "stats_of"]
 
 _log = logging.getLogger(__name__)
 
@@ -63,6 +64,8 @@ class ReplayConfig:
     """How many sampled sequences the ratio may be off to either side before one side has to wait."""
     min_sequences: int = 0
     """Sequences inserted before the first one is sampled; 0, in a campaign, as many as the teachers play."""
+    shards: int = 1
+    """Races side by side that share the capacity; more than one pays where Redis is what all wait for."""
 
     def __post_init__(self) -> None:
         """Check all ranges; ValueError with the value."""
@@ -70,8 +73,10 @@ class ReplayConfig:
         _at_least("capacity_bytes", self.capacity_bytes, 0)
         _at_least("priority_exponent", self.priority_exponent, 0)
         _at_least("importance_sampling_exponent", self.importance_sampling_exponent, 0)
-        _at_least("replay_ratio_tolerance", self.replay_ratio_tolerance, 0)
+        if not self.replay_ratio_tolerance >= 0:  # infinite: nobody ever waits
+            raise ValueError(f"replay_ratio_tolerance must be >= 0, got {self.replay_ratio_tolerance}")
         _at_least("min_sequences", self.min_sequences, 0)
+        _at_least("shards", self.shards, 1)
         if not (math.isfinite(self.replay_ratio) and self.replay_ratio > 0):
             raise ValueError(f"replay_ratio must be finite and > 0, got {self.replay_ratio}")
         if self.min_sequences > self.capacity_sequences:
@@ -131,8 +136,9 @@ class Replay:
 
     def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
         self._config, self._rng = config, rng
+        self.client = client
         self._race = Race(client, prefix)
-        self._learner_waits = False
+        self._waiting = WaitingLog(config.replay_ratio)
 
     def insert(self, items: Sequence[Item]) -> int:
         """Add the items whose ids are new, evicting the oldest sequences beyond the capacity.
@@ -203,22 +209,30 @@ class Replay:
 
     def stats(self) -> ReplayStats:
         """Return the counters, all of one moment; may be called from any thread."""
-        with self._race.client.pipeline(transaction=True) as pipeline:
-            self._race.ask_counts(pipeline)
-            return stats_of(self._config, self._race.counts(pipeline.execute(raise_on_error=False)))
+        with self.client.pipeline(transaction=True) as pipeline:
+            self.ask_counts(pipeline)
+            return stats_of(self._config, self.counts(pipeline.execute(raise_on_error=False)))
+
+    def ask_counts(self, pipeline: Pipeline) -> None:
+        """Put the two commands whose answers `counts` understands into `pipeline`."""
+        self._race.ask_counts(pipeline)
+
+    def counts(self, answers: Sequence[Any]) -> Counts:
+        """Return the counters from those two answers; UserError when they cannot be read."""
+        return self._race.counts(answers)
+
+    def refuse(self, asked: int) -> None:
+        """Count a refused sample of `asked` sequences, where the limiter of several shards refused it."""
+        self._race.run("sample", 1, asked, math.inf, 1.0, 0.0, 1.0)  # more sequences than will ever be inserted
 
     def _drawn(self, count: int, asked: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
         """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
         config = self._config
         limits = (config.min_sequences, config.replay_ratio, config.replay_ratio_tolerance)
-        granted, *answer = self._race.run(
-            "sample", count, asked, *limits, *self._rng.standard_exponential(count).tolist()
-        )
-        self._log_waiting(None if granted else answer)
-        if not granted:
-            return None
-        keys, probabilities = answer
-        return keys, probabilities, self._race.payloads(keys)
+        waits = self._rng.standard_exponential(count).tolist()
+        granted, first, second = self._race.run("sample", count, asked, *limits, *waits)
+        self._waiting.note(None if granted else {"inserted": first, "sampled": second})
+        return (first, second, self._race.payloads(first)) if granted else None
 
     def _decoded(
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
@@ -240,17 +254,6 @@ class Replay:
                 yield key, float(probability), arrays
         if taken_back:
             self._race.run("reject", *(value for pair in taken_back.items() for value in pair))
-
-    def _log_waiting(self, refused: list[int] | None) -> None:
-        """Log the turns only: a waiting learner asks many times a second."""
-        if refused is not None and not self._learner_waits:
-            _log.info(
-                "replay: the learner waits for the actors (inserted %d, sampled %d, replay_ratio %g)",
-                *refused, self._config.replay_ratio,
-            )  # fmt: skip
-        elif refused is None and self._learner_waits:
-            _log.info("replay: the learner goes on")
-        self._learner_waits = refused is not None
 
     def _check(self, item: Item) -> None:
         if not item.sequence_id:
@@ -290,6 +293,24 @@ def stats_of(config: ReplayConfig, counts: Counts) -> ReplayStats:
         # One batch above the learner's own bound: the two can never both wait.
         actors_waiting=started and ahead > batch + tolerance,
     )
+
+
+class WaitingLog:
+    """Logs the turns between waiting and going on only: a waiting learner asks many times a second."""
+
+    def __init__(self, replay_ratio: float) -> None:
+        self._replay_ratio, self._waits = replay_ratio, False
+
+    def note(self, refused: Counts | None) -> None:
+        """Note that the limiter granted a sample (None), or refused one at the counts "inserted" and "sampled"."""
+        if refused is not None and not self._waits:
+            _log.info(
+                "replay: the learner waits for the actors (inserted %d, sampled %d, replay_ratio %g)",
+                refused["inserted"], refused["sampled"], self._replay_ratio,
+            )  # fmt: skip
+        elif refused is None and self._waits:
+            _log.info("replay: the learner goes on")
+        self._waits = refused is not None
 
 
 def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float32]:
