@@ -36,13 +36,23 @@ from redis.client import Pipeline
 from learner.replay.codec import PayloadError, decode
 from learner.replay.race import Counts, Race
 
-__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample", "WaitingLog", "importance_weights", "stats_of"]
+__all__ = [
+    "MAX_BATCH",
+    "Item",
+    "Replay",
+    "ReplayConfig",
+    "ReplayStats",
+    "Sample",
+    "WaitingLog",
+    "importance_weights",
+    "stats_of",
+]
 
 _log = logging.getLogger(__name__)
 
 # A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
-_MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
+MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
 
 
@@ -170,8 +180,8 @@ class Replay:
 
     def draw(self, count: int, *, asked: int) -> Sample | None:
         """Draw `count` sequences (1 to 2048) of a batch of `asked`, of which other shards give the rest."""
-        if not 1 <= count <= _MAX_BATCH:
-            raise ValueError(f"batch_size must be 1 to {_MAX_BATCH}, got {count}")
+        if not 1 <= count <= MAX_BATCH:
+            raise ValueError(f"batch_size must be 1 to {MAX_BATCH}, got {count}")
         keys: list[str] = []
         probabilities: list[float] = []
         arrays: list[dict[str, npt.NDArray[Any]]] = []
@@ -200,9 +210,9 @@ class Replay:
         weights = self._weights_of(values.tolist())
         waits = self._rng.standard_exponential(len(keys)).tolist()
         found = 0
-        for start in range(0, len(keys), _MAX_BATCH):
+        for start in range(0, len(keys), MAX_BATCH):
             args: list[Any] = []
-            for i in range(start, min(start + _MAX_BATCH, len(keys))):
+            for i in range(start, min(start + MAX_BATCH, len(keys))):
                 args += [keys[i], weights[i], waits[i]]
             found += int(self._race.run("update", *args))
         return found

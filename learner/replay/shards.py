@@ -24,6 +24,7 @@ import redis
 from env.errors import UserError
 from learner.replay.race import Counts
 from learner.replay.replay import (
+    MAX_BATCH,
     Item,
     Replay,
     ReplayConfig,
@@ -82,8 +83,8 @@ class ShardedReplay:
         The limiter looks at the sums over all shards, which are read before the draw: with several learners, each of
         them may pass its bound by one batch.
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be >= 1, got {batch_size}")
+        if not 1 <= batch_size <= MAX_BATCH:
+            raise ValueError(f"batch_size must be 1 to {MAX_BATCH}, got {batch_size}")
         parts: list[tuple[int, dict[int, float], Sample]] = []
         passed_over: set[int] = set()
         while (missing := batch_size - sum(len(part.keys) for _, _, part in parts)) > 0:

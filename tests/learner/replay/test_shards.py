@@ -237,8 +237,9 @@ def test_many_threads_may_insert_sample_and_update_at_once(redis_url: str, prefi
 
 
 def test_shapes_and_sizes_out_of_range_are_errors(make: Any) -> None:
-    with pytest.raises(ValueError, match="batch_size must be >= 1, got 0"):
-        make().sample(0)
+    for size in (0, 2049):
+        with pytest.raises(ValueError, match=f"batch_size must be 1 to 2048, got {size}"):
+            make().sample(size)
     with pytest.raises(ValueError, match=r"shape of keys \(1,\), got \(2,\)"):
         make().update(["0/1:s1"], [1.0, 2.0])
     with pytest.raises(ValueError, match="shards must be finite and >= 1, got 0"):
