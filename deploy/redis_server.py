@@ -7,7 +7,7 @@ starts the server again when it dies, on the same socket, and ends it when the p
 system does even for an owner killed with -9. A lock on the data folder is held through a file descriptor that the
 supervisor and the server inherit: it is free exactly when none of them is left.
 
-Called by `deploy/campaign.py` and the tests. Unix only.
+Called by `deploy/search.py`, `deploy/replay_info.py` and the tests. Unix only.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Self
 
 from env.errors import UserError
 
-__all__ = ["EmbeddedServer", "find_server"]
+__all__ = ["EmbeddedServer", "find_server", "running_url"]
 
 _log = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ _POLL_S = 0.05
 _HEALTHY_S, _FAILURES = 5.0, 5
 _MAX_SOCKET_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux)
 _PR_SET_PDEATHSIG = 1
+_URL_FILE = "url"  # in the data folder while the server runs, for those who only have the campaign's folder
 
 
 class EmbeddedServer:
@@ -89,6 +90,7 @@ class EmbeddedServer:
             os.close(lock)  # from here on it is held by the supervisor, and let go with it
         try:
             self._wait_until_ready()
+            (self._folder / _URL_FILE).write_text(self.url)
         except BaseException:
             self._stop()
             raise
@@ -131,8 +133,22 @@ class EmbeddedServer:
                 self._supervisor.kill()  # the kernel then ends the server, see `_die_with_parent`
                 self._supervisor.wait()
         if self._socket is not None:
+            (self._folder / _URL_FILE).unlink(missing_ok=True)
             shutil.rmtree(self._socket.parent, ignore_errors=True)
         self._supervisor = self._socket = None
+
+
+def running_url(data_folder: Path) -> str | None:
+    """Return the URL of the server that runs with its data in `data_folder`, or None when none does.
+
+    A server whose owner was killed leaves its file behind: only one that answers counts.
+    """
+    try:
+        url = (data_folder / _URL_FILE).read_text()
+        answer = _ask(Path(url.removeprefix("unix://")), b"PING")
+    except OSError:
+        return None
+    return url if answer.startswith(b"+") or b"LOADING" in answer else None
 
 
 def find_server() -> Path:

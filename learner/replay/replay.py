@@ -34,6 +34,7 @@ import redis
 from redis.client import Pipeline
 
 from learner.replay.codec import PayloadError, decode
+from learner.replay.info import ReplayInfo, look
 from learner.replay.race import Counts, Race
 
 __all__ = [
@@ -147,7 +148,7 @@ class Replay:
     def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
         self._config, self._rng = config, rng
         self.client = client
-        self._race = Race(client, prefix)
+        self.race = Race(client, prefix)
         self._waiting = WaitingLog(config.replay_ratio)
 
     def insert(self, items: Sequence[Item]) -> int:
@@ -166,7 +167,7 @@ class Replay:
             args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
             for i in chunk:
                 args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
-            held += int(self._race.run("insert", *args))
+            held += int(self.race.run("insert", *args))
         return held
 
     def sample(self, batch_size: int) -> Sample | None:
@@ -214,35 +215,43 @@ class Replay:
             args: list[Any] = []
             for i in range(start, min(start + MAX_BATCH, len(keys))):
                 args += [keys[i], weights[i], waits[i]]
-            found += int(self._race.run("update", *args))
+            found += int(self.race.run("update", *args))
         return found
 
     def stats(self) -> ReplayStats:
         """Return the counters, all of one moment; may be called from any thread."""
-        with self.client.pipeline(transaction=True) as pipeline:
-            self.ask_counts(pipeline)
-            return stats_of(self._config, self.counts(pipeline.execute(raise_on_error=False)))
+        return stats_of(self._config, self._counted())
+
+    def info(self) -> ReplayInfo:
+        """Return the counters with ages and priorities; cheap at any size, and may be called from any thread."""
+        counts = self._counted()
+        return look([(self.race, counts)], self._config, stats_of(self._config, counts))
 
     def ask_counts(self, pipeline: Pipeline) -> None:
         """Put the two commands whose answers `counts` understands into `pipeline`."""
-        self._race.ask_counts(pipeline)
+        self.race.ask_counts(pipeline)
 
     def counts(self, answers: Sequence[Any]) -> Counts:
         """Return the counters from those two answers; UserError when they cannot be read."""
-        return self._race.counts(answers)
+        return self.race.counts(answers)
+
+    def _counted(self) -> Counts:
+        with self.client.pipeline(transaction=True) as pipeline:
+            self.ask_counts(pipeline)
+            return self.counts(pipeline.execute(raise_on_error=False))
 
     def refuse(self, asked: int) -> None:
         """Count a refused sample of `asked` sequences, where the limiter of several shards refused it."""
-        self._race.run("sample", 1, asked, math.inf, 1.0, 0.0, 1.0)  # more sequences than will ever be inserted
+        self.race.run("sample", 1, asked, math.inf, 1.0, 0.0, 1.0)  # more sequences than will ever be inserted
 
     def _drawn(self, count: int, asked: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
         """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
         config = self._config
         limits = (config.min_sequences, config.replay_ratio, config.replay_ratio_tolerance)
         waits = self._rng.standard_exponential(count).tolist()
-        granted, first, second = self._race.run("sample", count, asked, *limits, *waits)
+        granted, first, second = self.race.run("sample", count, asked, *limits, *waits)
         self._waiting.note(None if granted else {"inserted": first, "sampled": second})
-        return (first, second, self._race.payloads(first)) if granted else None
+        return (first, second, self.race.payloads(first)) if granted else None
 
     def _decoded(
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
@@ -263,7 +272,7 @@ class Replay:
             else:
                 yield key, float(probability), arrays
         if taken_back:
-            self._race.run("reject", *(value for pair in taken_back.items() for value in pair))
+            self.race.run("reject", *(value for pair in taken_back.items() for value in pair))
 
     def _check(self, item: Item) -> None:
         if not item.sequence_id:

@@ -22,6 +22,7 @@ import numpy.typing as npt
 import redis
 
 from env.errors import UserError
+from learner.replay.info import ReplayInfo, look
 from learner.replay.race import Counts
 from learner.replay.replay import (
     MAX_BATCH,
@@ -134,6 +135,12 @@ class ShardedReplay:
     def stats(self) -> ReplayStats:
         """Return the counters summed over all shards that can be read; may be called from any thread."""
         return stats_of(self._config, _sum_of(self._counts()))
+
+    def info(self) -> ReplayInfo:
+        """Return the counters with ages and priorities of all shards, as `Replay.info`."""
+        counts = self._counts()
+        races = [(self._replays[i].race, found) for i, found in counts.items()]
+        return look(races, self._config, stats_of(self._config, _sum_of(counts)))
 
     def _totals(self, count: int, asked: int, passed_over: set[int]) -> dict[int, float]:
         """Return the total weight of every shard to draw from; none when there is none, or the limiter refuses.

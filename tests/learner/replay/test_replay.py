@@ -317,7 +317,7 @@ def test_a_lost_reply_samples_and_inserts_only_once(redis_url: str, prefix: str)
         stats = replay.stats()
         assert (stats.inserted, stats.sampled) == (6, 8)
         # The same draw: the keys are those of the result that was kept.
-        kept = client.lrange(replay._race.last, 1, 7)
+        kept = client.lrange(replay.race.last, 1, 7)
         assert [key.decode() for key in kept] == sample.keys
 
 
