@@ -60,6 +60,20 @@ def test_a_server_killed_is_back_on_the_same_url_with_its_data(tmp_path: Path) -
         assert server.pid != pid
 
 
+def test_the_supervisor_syncs_the_log_that_the_server_only_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda log: synced.append(os.fstat(log).st_ino))
+    with EmbeddedServer(tmp_path) as server, connect(server.url) as client:
+        assert client.config_get("appendfsync") == {"appendfsync": "no"}
+        client.set("x", 1)
+        (log,) = tmp_path.glob("appendonlydir/*.aof")
+        deploy.redis_server._sync_log(tmp_path)
+        assert synced == [log.stat().st_ino]
+    deploy.redis_server._sync_log(tmp_path / "nothing here")
+
+
 def test_a_second_campaign_in_the_folder_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy.redis_server, "_LOCK_WAIT_S", 0.2)
     with EmbeddedServer(tmp_path) as server, connect(server.url) as client:
