@@ -34,7 +34,8 @@ from learner.packing import MaskPacking
 from learner.replay.codec import encode
 from learner.replay.connection import connect
 from learner.replay.ledger import Ledger
-from learner.replay.replay import Item, Replay, ReplayConfig
+from learner.replay.replay import Item, ReplayConfig
+from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import SequenceConfig, cut
 
@@ -90,7 +91,7 @@ class Services:
         self.ledger = Ledger(client, brief.prefix)
         self.weights = WeightStore(client, brief.prefix)
         generator = np.random.default_rng(derive_seed(brief.seed, "replay", worker, time.time_ns()))
-        self.replay = Replay(client, brief.prefix, brief.replay, generator)
+        self.replay = open_replay([client], brief.prefix, brief.replay, generator)
 
 
 def new_controller(brief: Brief, plan: ChannelPlan) -> Controller:

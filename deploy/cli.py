@@ -1,4 +1,4 @@
-"""The command line: `zeroout run | prune | resume | status | report | export | doctor`.
+"""The command line: `zeroout run | prune | resume | status | replay-info | report | export | doctor`.
 
 Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupted (state saved).
 """
@@ -192,6 +192,25 @@ def status(
         watch_status(campaign, Console(), episodes_total=total)
     else:
         render_status(read_status(campaign, episodes_total=total), Console())
+
+
+@app.command("replay-info")
+def replay_info(
+    folder: FolderArgument,
+    redis: RedisOption = "",
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Go on until it is interrupted.")] = False,
+) -> None:
+    """Show a running campaign's replay: size, rates, ages, priorities, who waits for whom."""
+    from deploy.replay_info import read_replay_info, render_replay_info, watch_replay_info
+
+    campaign = CampaignFolder.open(folder)
+    if as_json:
+        typer.echo(json.dumps(read_replay_info(campaign, redis)))
+    elif watch:
+        watch_replay_info(campaign, Console(), redis)
+    else:
+        render_replay_info(read_replay_info(campaign, redis), Console())
 
 
 @app.command()

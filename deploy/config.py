@@ -85,6 +85,12 @@ class CampaignConfig:
         """Whether the smallest network within `max_drop` is looked for."""
         return self.max_drop >= 0.0
 
+    @property
+    def replay_in_search(self) -> ReplayConfig:
+        """The replay's configuration; where nothing else is said, learning starts when the teachers have played."""
+        first = self.replay.min_sequences or max(1, self.search.teachers)
+        return dataclasses.replace(self.replay, min_sequences=min(first, self.search.per_group))
+
 
 def load(path: Path, overrides: Sequence[str] = ()) -> CampaignConfig:
     """Read a TOML file and apply `a.b=c` overrides.

@@ -17,6 +17,7 @@ import platform
 import re
 import subprocess
 import tomllib
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,6 +213,17 @@ class CampaignFolder:
     def recovered(self) -> Path:
         """The folder of the networks retrained after the search."""
         return self.path / "recovered"
+
+    def redis_prefix(self) -> str | None:
+        """Return the prefix of this campaign's keys in Redis; None before its search has begun."""
+        path = self.path / "id"
+        return f"zeroout:{path.read_text().strip()}" if path.is_file() else None
+
+    def make_redis_prefix(self) -> str:
+        """Return that prefix, drawn now where there is none yet, and kept in the folder."""
+        if self.redis_prefix() is None:
+            write_atomic(self.path / "id", uuid.uuid4().hex[:16])
+        return str(self.redis_prefix())
 
     def append_episode(self, records: list[dict[str, Any]]) -> None:
         """Add finished episodes durably (each needs an int `id`); a torn last line is cut off first.

@@ -7,7 +7,7 @@ starts the server again when it dies, on the same socket, and ends it when the p
 system does even for an owner killed with -9. A lock on the data folder is held through a file descriptor that the
 supervisor and the server inherit: it is free exactly when none of them is left.
 
-Called by `deploy/campaign.py` and the tests. Unix only.
+Called by `deploy/search.py`, `deploy/replay_info.py` and the tests. Unix only.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import Self
 
 from env.errors import UserError
 
-__all__ = ["EmbeddedServer", "find_server"]
+__all__ = ["EmbeddedServer", "find_server", "running_url"]
 
 _log = logging.getLogger(__name__)
 
@@ -39,10 +39,12 @@ _LOCK_WAIT_S = 10.0  # a killed owner's server needs a moment to write its log a
 _START_WAIT_S = 30.0  # without any answer; a server that says it is loading is given all the time it needs
 _STOP_WAIT_S = 20.0
 _POLL_S = 0.05
+_SYNC_PERIOD_S = 1.0
 # A server that lives this long has started well; so many in a row that do not are not worth another try.
 _HEALTHY_S, _FAILURES = 5.0, 5
 _MAX_SOCKET_BYTES = 100  # sun_path holds 104 (macOS) or 108 (Linux)
 _PR_SET_PDEATHSIG = 1
+_URL_FILE = "url"  # in the data folder while the server runs, for those who only have the campaign's folder
 
 
 class EmbeddedServer:
@@ -89,6 +91,7 @@ class EmbeddedServer:
             os.close(lock)  # from here on it is held by the supervisor, and let go with it
         try:
             self._wait_until_ready()
+            (self._folder / _URL_FILE).write_text(self.url)
         except BaseException:
             self._stop()
             raise
@@ -131,8 +134,22 @@ class EmbeddedServer:
                 self._supervisor.kill()  # the kernel then ends the server, see `_die_with_parent`
                 self._supervisor.wait()
         if self._socket is not None:
+            (self._folder / _URL_FILE).unlink(missing_ok=True)
             shutil.rmtree(self._socket.parent, ignore_errors=True)
         self._supervisor = self._socket = None
+
+
+def running_url(data_folder: Path) -> str | None:
+    """Return the URL of the server that runs with its data in `data_folder`, or None when none does.
+
+    A server whose owner was killed leaves its file behind: only one that answers counts.
+    """
+    try:
+        url = (data_folder / _URL_FILE).read_text()
+        answer = _ask(Path(url.removeprefix("unix://")), b"PING")
+    except OSError:
+        return None
+    return url if answer.startswith(b"+") or b"LOADING" in answer else None
 
 
 def find_server() -> Path:
@@ -149,10 +166,10 @@ def find_server() -> Path:
                 got=repr(chosen),
                 remedy="correct it, or unset it",
             )
-        return Path(chosen).resolve()
+        return Path(chosen).absolute()
     for name in ("redis-server", "valkey-server"):
         if found := shutil.which(name):
-            return Path(found).resolve()
+            return Path(found).absolute()  # not resolved: Debian's is a link, and the program goes by its name
     return _bundled_server()
 
 
@@ -291,7 +308,11 @@ class _Supervisor:
 
     def _watch(self, server: subprocess.Popen[bytes]) -> bool:
         """Wait; True when the server has ended by itself, False when it is to be ended."""
+        synced = time.monotonic()
         while not self._ending:
+            if time.monotonic() - synced >= _SYNC_PERIOD_S:
+                _sync_log(self._folder)
+                synced = time.monotonic()
             # Nothing is ever written to the pipe: it becomes readable when its other end is closed. The second
             # sign is for an owner that forked: the copies of the pipe then outlive it.
             if select.select([0], [], [], _POLL_S)[0] or os.getppid() != self._owner:
@@ -308,10 +329,25 @@ def _command(program: Path, path: Path) -> list[str]:
     """The data folder is the working directory: no path with blanks has to pass through Redis's own quoting."""
     options = {
         "port": "0", "unixsocket": str(path), "unixsocketperm": "700", "daemonize": "no",
-        "appendonly": "yes", "appendfsync": "everysec", "save": "", "maxmemory-policy": "noeviction",
+        # With "everysec" the server answers before it has written its log whenever a sync takes its time, and loses
+        # what it has acknowledged when it is killed. With "no" it always writes first; the syncs are the supervisor's.
+        "appendonly": "yes", "appendfsync": "no", "save": "", "maxmemory-policy": "noeviction",
+        # Payloads are numbers, which hardly compress; a log that is rewritten often takes the disk from everyone else.
+        "rdbcompression": "no", "auto-aof-rewrite-min-size": "256mb",
         "dir": ".", "logfile": "redis.log",
     }  # fmt: skip
     return [str(program), *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def _sync_log(folder: Path) -> None:
+    """Bring what the server has written to its log so far to the disk, so that a power failure costs a second."""
+    for path in (folder / "appendonly.aof", *folder.glob("appendonlydir/*.aof")):  # before and since Redis 7
+        with contextlib.suppress(OSError):  # the server has just replaced it, or there is none yet
+            log = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(log)
+            finally:
+                os.close(log)
 
 
 def _end(server: subprocess.Popen[bytes]) -> None:

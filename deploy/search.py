@@ -5,13 +5,11 @@ The driver holds nothing that Redis or the folder does not: kill it, and `zeroou
 """
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
 import signal
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +33,6 @@ from env.data import Dataset
 from env.errors import UserError, ZerooutError
 from learner.replay.connection import check_server, connect, redact, retrying
 from learner.replay.ledger import Ledger
-from learner.replay.replay import ReplayConfig
 
 __all__ = ["search"]
 
@@ -82,7 +79,7 @@ def _play_on_ray(
         client = connect(redis_url)
         stack.callback(client.close)
         check_server(client, redis_url)
-        brief = _brief(config, dataset, baseline, redis_url, prefix=f"zeroout:{_identity(folder)}")
+        brief = _brief(config, dataset, baseline, redis_url, prefix=folder.make_redis_prefix())
         ledger = Ledger(client, brief.prefix)
         _open(ledger, folder, config)
         stack.enter_context(_ray(config, progress))
@@ -96,14 +93,6 @@ def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
     return len(folder.read_episodes()) == config.search.total and not list(missing(folder, config))
 
 
-def _identity(folder: CampaignFolder) -> str:
-    """A name for this campaign's keys in Redis, drawn once and kept in the folder."""
-    path = folder.path / "id"
-    if not path.is_file():
-        write_atomic(path, uuid.uuid4().hex[:16])
-    return path.read_text().strip()
-
-
 def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str, *, prefix: str) -> Brief:
     return Brief(
         form=baseline.form,
@@ -115,19 +104,13 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         controller=config.controller,
         sequences=config.sequence,
         learner=config.learner,
-        replay=_replay_of(config),
+        replay=config.replay_in_search,
         schedule=config.search,
         seed=config.seed,
         redis_url=redis_url,
         prefix=prefix,
         lease_s=config.cluster.lease_s,
     )
-
-
-def _replay_of(config: CampaignConfig) -> ReplayConfig:
-    """The replay's configuration; where nothing else is said, learning starts when the teachers have played."""
-    first = config.replay.min_sequences or max(1, config.search.teachers)
-    return dataclasses.replace(config.replay, min_sequences=min(first, config.search.per_group))
 
 
 def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> None:

@@ -32,6 +32,7 @@ _MAX_AXES = 8
 _MAX_NAME_BYTES = 255
 # The place in this tuple is the code on the wire: append only.
 _DTYPES = tuple(np.dtype(name) for name in ("u1", "?", "<i2", "<i4", "<i8", "<f2", "<f4"))
+_SHAPES = tuple(struct.Struct(f"<{axes}I") for axes in range(_MAX_AXES + 1))
 _CODES = {dtype.name: code for code, dtype in enumerate(_DTYPES)}
 
 
@@ -52,20 +53,21 @@ def encode(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
 
 
 def decode(payload: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArray[Any]]:
-    """Return fresh, writable arrays in the order they were encoded.
+    """Return the arrays in the order they were encoded: read-only views into `payload`, aligned as they lie there.
 
     Raises PayloadError for anything but an intact payload of at most `max_bytes` in this format version.
     """
-    count, body = unseal(_MAGIC, payload, max_bytes=max_bytes)
-    reader = _Reader(body)
+    count, _ = unseal(_MAGIC, payload, max_bytes=max_bytes)
     arrays: dict[str, npt.NDArray[Any]] = {}
+    at = _HEADER_BYTES
     for _ in range(count):
-        name, array = _decode_one(reader, max_bytes)
+        name, array, at = _decode_one(payload, at, max_bytes)
         if name in arrays:
             raise PayloadError("payload", expected="every name once", got=f"{name!r} twice")
         arrays[name] = array
-    if reader.left:
-        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=f"{reader.left} bytes")
+    if at < len(payload):
+        got = f"{len(payload) - at} bytes"
+        raise PayloadError(f"payload of {count} arrays", expected="nothing after them", got=got)
     return arrays
 
 
@@ -128,52 +130,38 @@ def _encode_one(name: str, array: npt.NDArray[Any]) -> bytes:
     return head + array.astype(_DTYPES[code], copy=False).tobytes()
 
 
-def _decode_one(reader: "_Reader", max_bytes: int) -> tuple[str, npt.NDArray[Any]]:
+def _decode_one(payload: bytes, at: int, max_bytes: int) -> tuple[str, npt.NDArray[Any], int]:
+    """Return the name and the elements of the array that begins at byte `at`, and where the next one begins."""
     try:
-        name = bytes(reader.take(reader.byte())).decode()
+        end = at + 1 + payload[at]  # of the name
+        code, axes = payload[end], payload[end + 1]
+        name = payload[at + 1 : end].decode()
+        if code >= len(_DTYPES) or axes > _MAX_AXES:
+            raise PayloadError(
+                f"array {name!r}",
+                expected=f"a dtype code below {len(_DTYPES)} and at most {_MAX_AXES} axes",
+                got=f"code {code} and {axes} axes",
+            )
+        shape = _SHAPES[axes].unpack_from(payload, end + 2)
     except UnicodeDecodeError as error:
         raise PayloadError("array's name", expected="UTF-8", got=repr(error.object[:40])) from None
-    code, axes = reader.byte(), reader.byte()
-    if code >= len(_DTYPES) or axes > _MAX_AXES:
-        raise PayloadError(
-            f"array {name!r}",
-            expected=f"a dtype code below {len(_DTYPES)} and at most {_MAX_AXES} axes",
-            got=f"code {code} and {axes} axes",
-        )
-    shape = struct.unpack(f"<{axes}I", reader.take(4 * axes))
-    return name, _elements(reader, name, _DTYPES[code], shape, max_bytes)
+    except (IndexError, struct.error):
+        raise PayloadError("payload", expected="another array", got=f"{len(payload) - at} bytes") from None
+    dtype, start = _DTYPES[code], end + 2 + 4 * axes
+    stop = start + math.prod(shape) * dtype.itemsize
+    _check_elements(payload, name, dtype, shape, start, stop, max_bytes)
+    return name, np.ndarray(shape, dtype, payload, start), stop
 
 
-def _elements(
-    reader: "_Reader", name: str, dtype: np.dtype[Any], shape: tuple[int, ...], max_bytes: int
-) -> npt.NDArray[Any]:
+def _check_elements(
+    payload: bytes, name: str, dtype: np.dtype[Any], shape: tuple[int, ...], start: int, stop: int, max_bytes: int
+) -> None:
     # With an axis of length 0 the others need no bytes and could hold any number: they are bounded as well.
-    if math.prod(max(length, 1) for length in shape) * dtype.itemsize > max_bytes:
+    bound = stop - start or math.prod(max(length, 1) for length in shape) * dtype.itemsize
+    if bound > max_bytes:
         raise PayloadError(f"array {name!r}", expected=f"at most {max_bytes} bytes", got=f"shape {shape}")
-    raw = reader.take(math.prod(shape) * dtype.itemsize)
-    if dtype.kind == "b" and np.any(np.frombuffer(raw, np.uint8) > 1 if raw else False):
+    if stop > len(payload):
+        expected, got = f"{stop - start} more bytes", f"{len(payload) - start}"
+        raise PayloadError(f"array {name!r}", expected=expected, got=got)
+    if dtype.kind == "b" and payload[start:stop].translate(None, b"\0\1"):
         raise PayloadError(f"array {name!r}", expected="bool elements of 0 or 1", got="another byte")
-    array = np.empty(shape, dtype.newbyteorder("="))
-    if raw:
-        array[...] = np.frombuffer(raw, dtype).reshape(shape)
-    return array
-
-
-class _Reader:
-    """Takes bytes off the front of a body; PayloadError when it holds fewer than are asked for."""
-
-    def __init__(self, body: memoryview) -> None:
-        self._body, self._at = body, 0
-
-    @property
-    def left(self) -> int:
-        return len(self._body) - self._at
-
-    def take(self, count: int) -> memoryview:
-        if count > self.left:
-            raise PayloadError("payload", expected=f"{count} more bytes", got=f"{self.left}")
-        self._at += count
-        return self._body[self._at - count : self._at]
-
-    def byte(self) -> int:
-        return self.take(1)[0]

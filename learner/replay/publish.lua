@@ -1,9 +1,6 @@
 -- Store weights unless they are not newer; returns the newest version.
--- KEYS: version, newest, first     ARGV: version, sealed payload
+-- KEYS: version, newest     ARGV: version, sealed payload
 local current = redis.call('GET', KEYS[1])
-if ARGV[1] == '0' and redis.call('EXISTS', KEYS[3]) == 0 then
-  redis.call('SET', KEYS[3], ARGV[2])
-end
 if current and tonumber(current) >= tonumber(ARGV[1]) then
   return current
 end

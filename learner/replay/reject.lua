@@ -1,15 +1,23 @@
--- Remove sequences that do not decode; the draw that found one does not count as sampled.
--- Returns how many were removed.     ARGV: keys
-run_also_when_full()
-local total, bytes, removed = state('total'), state('bytes'), 0
-for _, key in ipairs(ARGV) do
-  local weight, length = remove(key)
-  if weight then
-    total, bytes, removed = total - weight, bytes - length, removed + 1
-  end
+-- Take back draws whose payload did not decode: they do not count as sampled, and the sequences are removed.
+-- The result is how many were removed.     ARGV from 3: key and how often it was drawn, of each
+if is_repeated() then
+  return answer(tonumber(redis.call('LINDEX', LAST, 1)))
 end
-set_total(total)
-redis.call('HSET', STATE, 'bytes', bytes)
-redis.call('HINCRBY', STATE, 'rejected', removed)
-redis.call('HINCRBY', STATE, 'sampled', -removed)
-return removed
+run_also_when_full()
+if not untouched then
+  sweep()
+end
+local removed = 0
+for i = 3, #ARGV, 2 do
+  local key = ARGV[i]
+  local weight, bytes = parse(redis.call('HGET', WEIGHT, key))
+  if weight then
+    remove({key}, {weight}, {bytes})
+    removed = removed + 1
+  end
+  state.sampled = state.sampled - tonumber(ARGV[i + 1])
+end
+state.rejected = state.rejected + removed
+write_state()
+remember({removed})
+return answer(removed)

@@ -8,20 +8,22 @@ R2D2 (Kapturowski et al. 2019, section 2.3; Schaul et al. 2016) in O(log n), for
 
 Called by the actors (`insert`) and the learner (`sample`, `update`). All random numbers come from the generator
 that is passed in and travel as arguments, so a seeded run repeats exactly. Every call may be repeated after a lost
-reply. A `Replay` is one race; more of them, each under a prefix of its own, can stand side by side as shards
-(`ReplayStats.total_weight` is what one would be drawn by).
+reply. A `Replay` is one race; more of them, each under a prefix of its own, stand side by side in shards.py.
 
 In Redis, under `{prefix}:replay:`, where a *key* is `generation:id` and a generation is never used twice:
 
     clock   sorted set  key -> time of the next ring       data    hash  key -> payload
-    age     sorted set  key -> generation                  weight  hash  key -> w
+    age     sorted set  key -> generation                  weight  hash  key -> "w bytes"
     state   hash        counters, now, total weight        ids     hash  id -> generation
-    last:*  list        a sampler's last result, for a minute
+    last:*  list        a caller's last result, for a minute
+
+A server is shared, so any value may be foreign or damaged. A sequence that is not whole is removed and counted as
+rejected, and the rest goes on; a key of the wrong type, or a counter that is no number, is the user's to mend.
 """
 
 import logging
 import math
-import secrets
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,19 +31,30 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import redis
+from redis.client import Pipeline
 
 from learner.replay.codec import PayloadError, decode
-from learner.replay.connection import namespace, script
+from learner.replay.info import ReplayInfo, look
+from learner.replay.race import Counts, Race
 
-__all__ = ["Item", "Replay", "ReplayConfig", "ReplayStats", "Sample"]
+__all__ = [
+    "MAX_BATCH",
+    "Item",
+    "Replay",
+    "ReplayConfig",
+    "ReplayStats",
+    "Sample",
+    "WaitingLog",
+    "importance_weights",
+    "stats_of",
+]
 
 _log = logging.getLogger(__name__)
 
 # A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
-_MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
+MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
-_KEEP_RESULT_S = 60  # far above the time in which redis-py repeats a command
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +75,8 @@ class ReplayConfig:
     """How many sampled sequences the ratio may be off to either side before one side has to wait."""
     min_sequences: int = 0
     """Sequences inserted before the first one is sampled; 0, in a campaign, as many as the teachers play."""
+    shards: int = 1
+    """Races side by side that share the capacity; more than one pays where Redis is what all wait for."""
 
     def __post_init__(self) -> None:
         """Check all ranges; ValueError with the value."""
@@ -69,8 +84,10 @@ class ReplayConfig:
         _at_least("capacity_bytes", self.capacity_bytes, 0)
         _at_least("priority_exponent", self.priority_exponent, 0)
         _at_least("importance_sampling_exponent", self.importance_sampling_exponent, 0)
-        _at_least("replay_ratio_tolerance", self.replay_ratio_tolerance, 0)
+        if not self.replay_ratio_tolerance >= 0:  # infinite: nobody ever waits
+            raise ValueError(f"replay_ratio_tolerance must be >= 0, got {self.replay_ratio_tolerance}")
         _at_least("min_sequences", self.min_sequences, 0)
+        _at_least("shards", self.shards, 1)
         if not (math.isfinite(self.replay_ratio) and self.replay_ratio > 0):
             raise ValueError(f"replay_ratio must be finite and > 0, got {self.replay_ratio}")
         if self.min_sequences > self.capacity_sequences:
@@ -115,7 +132,7 @@ class ReplayStats:
     sampled: int
     evicted: int
     rejected: int
-    """Removed because their payload did not decode."""
+    """Removed because they were damaged: their payload did not decode, or something belonging to them was missing."""
     total_weight: float
     learner_waits: int
     """Sample requests that were refused so far."""
@@ -129,16 +146,10 @@ class Replay:
     """The replay of the campaign `prefix`; one instance for each thread, as the generator is not shared."""
 
     def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
-        tag = namespace(prefix)
-        self._client, self._config, self._rng = client, config, rng
-        self._keys = [f"{tag}:replay:{name}" for name in ("clock", "data", "weight", "age", "ids", "state")]
-        # Not from `rng`: two processes with the same seed must not take each other's results.
-        self._me, self._requests = secrets.token_hex(8), 0
-        self._last = f"{tag}:replay:last:{self._me}"
-        self._insert, self._sample, self._update, self._reject, self._recompute = (
-            script(client, "race.lua", f"{name}.lua") for name in ("insert", "sample", "update", "reject", "recompute")
-        )
-        self._learner_waits = False
+        self._config, self._rng = config, rng
+        self.client = client
+        self.race = Race(client, prefix)
+        self._waiting = WaitingLog(config.replay_ratio)
 
     def insert(self, items: Sequence[Item]) -> int:
         """Add the items whose ids are new, evicting the oldest sequences beyond the capacity.
@@ -156,7 +167,7 @@ class Replay:
             args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
             for i in chunk:
                 args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
-            held += int(self._insert(keys=self._keys, args=args))
+            held += int(self.race.run("insert", *args))
         return held
 
     def sample(self, batch_size: int) -> Sample | None:
@@ -166,13 +177,17 @@ class Replay:
         `inserted * replay_ratio + replay_ratio_tolerance`. A payload that does not decode is removed, logged and
         drawn anew; only if the limiter refuses that, the sample is shorter than asked for.
         """
-        if not 1 <= batch_size <= _MAX_BATCH:
-            raise ValueError(f"batch_size must be 1 to {_MAX_BATCH}, got {batch_size}")
+        return self.draw(batch_size, asked=batch_size)
+
+    def draw(self, count: int, *, asked: int) -> Sample | None:
+        """Draw `count` sequences (1 to 2048) of a batch of `asked`, of which other shards give the rest."""
+        if not 1 <= count <= MAX_BATCH:
+            raise ValueError(f"batch_size must be 1 to {MAX_BATCH}, got {count}")
         keys: list[str] = []
         probabilities: list[float] = []
         arrays: list[dict[str, npt.NDArray[Any]]] = []
-        while len(keys) < batch_size:
-            drawn = self._draw(batch_size - len(keys))
+        while len(keys) < count:
+            drawn = self._drawn(count - len(keys), asked)
             if drawn is None:
                 break
             for key, probability, decoded in self._decoded(*drawn):
@@ -196,91 +211,68 @@ class Replay:
         weights = self._weights_of(values.tolist())
         waits = self._rng.standard_exponential(len(keys)).tolist()
         found = 0
-        for start in range(0, len(keys), _MAX_BATCH):
+        for start in range(0, len(keys), MAX_BATCH):
             args: list[Any] = []
-            for i in range(start, min(start + _MAX_BATCH, len(keys))):
+            for i in range(start, min(start + MAX_BATCH, len(keys))):
                 args += [keys[i], weights[i], waits[i]]
-            found += int(self._update(keys=self._keys, args=args))
+            found += int(self.race.run("update", *args))
         return found
 
     def stats(self) -> ReplayStats:
-        """Return the counters, all of one moment."""
-        with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.zcard(self._keys[3])
-            pipeline.hgetall(self._keys[5])
-            size, fields = pipeline.execute()
-        state = {name.decode(): value for name, value in fields.items()}
-        count = {
-            name: int(state.get(name, 0))
-            for name in ("bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch")
-        }
-        ahead = count["inserted"] * self._config.replay_ratio - count["sampled"]
-        started = count["inserted"] >= self._config.min_sequences and size > 0
-        tolerance, batch = self._config.replay_ratio_tolerance, count["batch"]
-        return ReplayStats(
-            size=size,
-            bytes=count["bytes"],
-            inserted=count["inserted"],
-            sampled=count["sampled"],
-            evicted=count["evicted"],
-            rejected=count["rejected"],
-            total_weight=float(state.get("total", 0.0)),
-            learner_waits=count["waits"],
-            learner_waiting=not started or ahead < batch - tolerance,
-            # One batch above the learner's own bound: the two can never both wait.
-            actors_waiting=started and ahead > batch + tolerance,
-        )
+        """Return the counters, all of one moment; may be called from any thread."""
+        return stats_of(self._config, self._counted())
 
-    def recompute_total(self) -> float:
-        """Sum the weights anew against rounding drift, and return the sum.
+    def info(self) -> ReplayInfo:
+        """Return the counters with ages and priorities; cheap at any size, and may be called from any thread."""
+        counts = self._counted()
+        return look([(self.race, counts)], self._config, stats_of(self._config, counts))
 
-        O(n log n) in one script; `sample` does it by itself when the drift could matter.
-        """
-        return float(self._recompute(keys=self._keys))
+    def ask_counts(self, pipeline: Pipeline) -> None:
+        """Put the two commands whose answers `counts` understands into `pipeline`."""
+        self.race.ask_counts(pipeline)
 
-    def _draw(self, count: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
+    def counts(self, answers: Sequence[Any]) -> Counts:
+        """Return the counters from those two answers; UserError when they cannot be read."""
+        return self.race.counts(answers)
+
+    def _counted(self) -> Counts:
+        with self.client.pipeline(transaction=True) as pipeline:
+            self.ask_counts(pipeline)
+            return self.counts(pipeline.execute(raise_on_error=False))
+
+    def refuse(self, asked: int) -> None:
+        """Count a refused sample of `asked` sequences, where the limiter of several shards refused it."""
+        self.race.run("sample", 1, asked, math.inf, 1.0, 0.0, 1.0)  # more sequences than will ever be inserted
+
+    def _drawn(self, count: int, asked: int) -> tuple[list[bytes], list[bytes], list[bytes | None]] | None:
         """Return (keys, probabilities as text, payloads), or None when the limiter refuses."""
-        self._requests += 1
         config = self._config
-        args: list[Any] = [
-            f"{self._me}:{self._requests}",
-            count,
-            config.min_sequences,
-            config.replay_ratio,
-            config.replay_ratio_tolerance,
-            _KEEP_RESULT_S,
-            *self._rng.standard_exponential(count).tolist(),
-        ]
-        answer: Any = self._sample(keys=[*self._keys, self._last], args=args)
-        self._log_waiting(answer if len(answer) == 2 else None)
-        return None if len(answer) == 2 else tuple(answer)
+        limits = (config.min_sequences, config.replay_ratio, config.replay_ratio_tolerance)
+        waits = self._rng.standard_exponential(count).tolist()
+        granted, first, second = self.race.run("sample", count, asked, *limits, *waits)
+        self._waiting.note(None if granted else {"inserted": first, "sampled": second})
+        return (first, second, self.race.payloads(first)) if granted else None
 
     def _decoded(
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
     ) -> Iterator[tuple[str, float, dict[str, npt.NDArray[Any]]]]:
-        """Yield (key, probability, arrays) of what decodes, and reject the rest."""
-        damaged: set[str] = set()
-        for key, probability, payload in zip(keys, probabilities, payloads, strict=True):
+        """Yield (key, probability, arrays) of what decodes, and take the other draws back."""
+        taken_back: Counter[str] = Counter()
+        for name, probability, payload in zip(keys, probabilities, payloads, strict=True):
+            key = name.decode()
+            if payload is None:  # evicted since it was drawn
+                taken_back[key] += 1
+                continue
             try:
-                # None: evicted between a lost reply and its repetition; empty does not decode either.
-                yield key.decode(), float(probability), decode(payload or b"")
+                arrays = decode(payload)
             except PayloadError as error:
-                if key.decode() not in damaged:
-                    _log.warning("replay: sequence %s does not decode and is removed: %s", key.decode(), error)
-                damaged.add(key.decode())
-        if damaged:
-            self._reject(keys=self._keys, args=sorted(damaged))
-
-    def _log_waiting(self, refused: list[int] | None) -> None:
-        """Log the turns only: a waiting learner asks many times a second."""
-        if refused is not None and not self._learner_waits:
-            _log.info(
-                "replay: the learner waits for the actors (inserted %d, sampled %d, replay_ratio %g)",
-                *refused, self._config.replay_ratio,
-            )  # fmt: skip
-        elif refused is None and self._learner_waits:
-            _log.info("replay: the learner goes on")
-        self._learner_waits = refused is not None
+                if key not in taken_back:
+                    _log.warning("replay: sequence %s does not decode and is removed: %s", key, error)
+                taken_back[key] += 1
+            else:
+                yield key, float(probability), arrays
+        if taken_back:
+            self.race.run("reject", *(value for pair in taken_back.items() for value in pair))
 
     def _check(self, item: Item) -> None:
         if not item.sequence_id:
@@ -300,6 +292,44 @@ class Replay:
         with np.errstate(over="ignore"):  # what overflows is clipped as well
             weights: list[float] = np.clip(values**self._config.priority_exponent, _MIN_WEIGHT, _MAX_WEIGHT).tolist()
         return weights
+
+
+def stats_of(config: ReplayConfig, counts: Counts) -> ReplayStats:
+    """Return what the counters mean under `config`; of several shards, counts are summed up first."""
+    ahead = counts["inserted"] * config.replay_ratio - counts["sampled"]
+    started = counts["inserted"] >= config.min_sequences and counts["size"] > 0
+    tolerance, batch = config.replay_ratio_tolerance, counts["batch"]
+    return ReplayStats(
+        size=int(counts["size"]),
+        bytes=int(counts["bytes"]),
+        inserted=int(counts["inserted"]),
+        sampled=int(counts["sampled"]),
+        evicted=int(counts["evicted"]),
+        rejected=int(counts["rejected"]),
+        total_weight=counts["total"],
+        learner_waits=int(counts["waits"]),
+        learner_waiting=not started or ahead < batch - tolerance,
+        # One batch above the learner's own bound: the two can never both wait.
+        actors_waiting=started and ahead > batch + tolerance,
+    )
+
+
+class WaitingLog:
+    """Logs the turns between waiting and going on only: a waiting learner asks many times a second."""
+
+    def __init__(self, replay_ratio: float) -> None:
+        self._replay_ratio, self._waits = replay_ratio, False
+
+    def note(self, refused: Counts | None) -> None:
+        """Note that the limiter granted a sample (None), or refused one at the counts "inserted" and "sampled"."""
+        if refused is not None and not self._waits:
+            _log.info(
+                "replay: the learner waits for the actors (inserted %d, sampled %d, replay_ratio %g)",
+                refused["inserted"], refused["sampled"], self._replay_ratio,
+            )  # fmt: skip
+        elif refused is None and self._waits:
+            _log.info("replay: the learner goes on")
+        self._waits = refused is not None
 
 
 def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) -> npt.NDArray[np.float32]:

@@ -1,46 +1,88 @@
--- Draw k sequences with replacement: the next k rings of the race. Returns {keys, probabilities, payloads}, or
--- {inserted, sampled} when the learner must wait.
--- KEYS[7]: the caller's last result
--- ARGV: request, k, min_sequences, replay_ratio, tolerance, seconds to keep the result, then k times Exp(1)
-local LAST = KEYS[7]
+-- Draw k sequences with replacement: the next k rings of the race. The result is {1, keys, probabilities}, or
+-- {0, inserted, sampled} when the learner must wait. The caller reads the payloads with a plain HMGET: through a script
+-- they would be copied twice more, which takes longer than everything here.
+-- ARGV from 3: k, batch (what the learner asked for), min_sequences, replay_ratio, tolerance, then k times Exp(1)
+local k, waits = tonumber(ARGV[3]), 7
+
+if is_repeated() then
+  return answer({1, redis.call('LRANGE', LAST, 1, k), redis.call('LRANGE', LAST, k + 1, -1)})
+end
 run_also_when_full()
-local k = tonumber(ARGV[2])
+if not untouched then
+  sweep()
+end
+state.batch = tonumber(ARGV[4])
 
-local function answer(keys, probabilities)
-  return {keys, probabilities, redis.call('HMGET', DATA, unpack(keys))}
+local function refused()
+  state.waits = state.waits + 1
+  write_state()
+  return answer({0, state.inserted, state.sampled})
 end
 
--- A request that comes again lost its reply on the way: the same draw is its answer.
-if redis.call('LINDEX', LAST, 0) == ARGV[1] then
-  local keys, probabilities = {}, {}
-  for i, value in ipairs(redis.call('LRANGE', LAST, 1, -1)) do
-    local list = (i <= k) and keys or probabilities
-    list[#list + 1] = value
+-- The k sequences that ring first (all, where there are fewer), by time: keys, times, weights.
+local function candidates()
+  local keys, times, sound = {}, {}, true
+  local clocks = redis.call('ZRANGE', CLOCK, 0, k - 1, 'WITHSCORES')
+  for i = 1, #clocks, 2 do
+    keys[#keys + 1], times[#times + 1] = clocks[i], tonumber(clocks[i + 1])
+    sound = sound and finite(times[#times])
   end
-  return answer(keys, probabilities)
+  if #keys == 0 then
+    return keys
+  end
+  if not sound then
+    sweep()
+    return candidates()
+  end
+  local weights = records_of(keys)
+  if not weights then
+    return candidates()
+  end
+  return keys, times, weights
 end
 
-local inserted, sampled = state('inserted'), state('sampled')
-redis.call('HSET', STATE, 'batch', k)
-if inserted < tonumber(ARGV[3]) or redis.call('ZCARD', AGE) == 0
-    or sampled + k > inserted * tonumber(ARGV[4]) + tonumber(ARGV[5]) then
-  redis.call('HINCRBY', STATE, 'waits', 1)
-  return {inserted, sampled}
+if state.inserted < tonumber(ARGV[5])
+    or state.sampled + k > state.inserted * tonumber(ARGV[6]) + tonumber(ARGV[7]) then
+  return refused()
+end
+turn_back_if_worn()
+local keys, ring, weights = candidates()
+if #keys == 0 then
+  return refused()
 end
 
-local total, now = refresh_if_stale(), state('now')
-local keys, probabilities = {}, {}
-for i = 1, k do
-  local first = redis.call('ZRANGE', CLOCK, 0, 0, 'WITHSCORES')
-  local key, weight = first[1], tonumber(redis.call('HGET', WEIGHT, first[1]))
-  now = tonumber(first[2])
-  redis.call('ZADD', CLOCK, exact(now + tonumber(ARGV[6 + i]) / weight), key)
-  keys[i], probabilities[i] = key, exact(math.min(1, weight / total))
+-- A draw takes the earliest ring of all and winds that clock again. No sequence but the candidates can be among the
+-- next k draws: each of the k rings at or before the horizon, the last one's time, which makes k rings up to there,
+-- and every other sequence rings later. For the same reason a clock wound again beyond the horizon needs no more
+-- attention; the others stand in `again`, the earliest last, and compete with the next candidate.
+local horizon = #keys == k and ring[k] or math.huge
+local again, pending, next_candidate = {}, 0, 1
+local names, probabilities = {}, {}
+for draw = 1, k do
+  local i
+  if pending > 0 and (next_candidate > #keys or ring[again[pending]] < ring[next_candidate]) then
+    i, pending = again[pending], pending - 1
+  else
+    i, next_candidate = next_candidate, next_candidate + 1
+  end
+  state.now = math.max(state.now, ring[i])
+  ring[i] = state.now + tonumber(ARGV[waits + draw]) / weights[i]
+  names[draw], probabilities[draw] = keys[i], exact(math.min(1, weights[i] / state.total))
+  if ring[i] <= horizon then
+    local at = pending
+    while at > 0 and ring[again[at]] < ring[i] do
+      again[at + 1], at = again[at], at - 1
+    end
+    again[at + 1], pending = i, pending + 1
+  end
 end
 
-redis.call('HSET', STATE, 'now', exact(now), 'sampled', sampled + k, 'draws', state('draws') + k)
-redis.call('DEL', LAST)
-redis.call('RPUSH', LAST, ARGV[1], unpack(keys))
-redis.call('RPUSH', LAST, unpack(probabilities))
-redis.call('EXPIRE', LAST, ARGV[6])
-return answer(keys, probabilities)
+local wound = {}
+for i = 1, next_candidate - 1 do
+  wound[2 * i - 1], wound[2 * i] = exact(ring[i]), keys[i]
+end
+write('ZADD', CLOCK, wound)
+state.sampled = state.sampled + k
+write_state()
+remember(names, probabilities)
+return answer({1, names, probabilities})

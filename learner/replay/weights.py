@@ -1,6 +1,5 @@
 """The newest Controller weights, from the learner to the actors.
 
-Two slots: the newest version, and version 0 for ever: the Controller before any learning.
 The payload (from `safetensors.torch.save`) is opaque here; it lies in the frame of `codec.py`, whose tag is the
 version, so that a damaged or foreign value is refused before anything tries to load it.
 """
@@ -23,8 +22,7 @@ class WeightStore:
 
     def __init__(self, client: redis.Redis, prefix: str) -> None:
         tag = namespace(prefix)
-        self._client = client
-        self._version, self._newest, self._first = (f"{tag}:weights:{name}" for name in ("version", "newest", "first"))
+        self._keys = [f"{tag}:weights:{name}" for name in ("version", "newest")]
         self._publish, self._pull = script(client, "publish.lua"), script(client, "pull.lua")
 
     def publish(self, version: int, payload: bytes) -> bool:
@@ -37,7 +35,7 @@ class WeightStore:
         sealed = seal(_MAGIC, version, payload)
         if len(sealed) > _MAX_BYTES:
             raise ValueError(f"payload must fit into {_MAX_BYTES} bytes with its header, got {len(payload)}")
-        newest = self._publish(keys=[self._version, self._newest, self._first], args=[version, sealed])
+        newest = self._publish(keys=self._keys, args=[version, sealed])
         return int(newest) == version
 
     def pull(self, newer_than: int) -> tuple[int, bytes] | None:
@@ -45,16 +43,8 @@ class WeightStore:
 
         `newer_than=-1` takes any version. Raises PayloadError when the stored value is damaged.
         """
-        answer: Any = self._pull(keys=[self._version, self._newest], args=[newer_than])
+        answer: Any = self._pull(keys=self._keys, args=[newer_than])
         return None if answer is None else _opened(int(answer[0]), answer[1])
-
-    def pull_version(self, version: int) -> tuple[int, bytes] | None:
-        """Return (version, payload) if that version is kept: 0 always is once published, else only the newest."""
-        if version == 0:
-            sealed: Any = self._client.get(self._first)
-            return None if sealed is None else _opened(0, sealed)
-        newest = self.pull(version - 1)
-        return newest if newest is not None and newest[0] == version else None
 
 
 def _opened(version: int, sealed: bytes | None) -> tuple[int, bytes]:

@@ -60,6 +60,20 @@ def test_a_server_killed_is_back_on_the_same_url_with_its_data(tmp_path: Path) -
         assert server.pid != pid
 
 
+def test_the_supervisor_syncs_the_log_that_the_server_only_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda log: synced.append(os.fstat(log).st_ino))
+    with EmbeddedServer(tmp_path) as server, connect(server.url) as client:
+        assert client.config_get("appendfsync") == {"appendfsync": "no"}
+        client.set("x", 1)
+        (log,) = tmp_path.glob("appendonlydir/*.aof")
+        deploy.redis_server._sync_log(tmp_path)
+        assert synced == [log.stat().st_ino]
+    deploy.redis_server._sync_log(tmp_path / "nothing here")
+
+
 def test_a_second_campaign_in_the_folder_is_the_users_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deploy.redis_server, "_LOCK_WAIT_S", 0.2)
     with EmbeddedServer(tmp_path) as server, connect(server.url) as client:
@@ -166,6 +180,16 @@ def test_the_program_is_the_users_choice_then_the_path_then_the_wheel(
     monkeypatch.setenv("ZEROOUT_REDIS_SERVER", str(tmp_path / "gone"))
     with pytest.raises(UserError, match=r"ZEROOUT_REDIS_SERVER: expected the path .* got '.*gone'"):
         find_server()
+
+
+def test_a_program_that_is_a_link_is_started_by_the_links_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "redis-check-rdb").touch(0o700)  # as Debian has it: one program, which looks at its own name
+    (tmp_path / "redis-server").symlink_to("redis-check-rdb")
+    monkeypatch.delenv("ZEROOUT_REDIS_SERVER", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert find_server() == tmp_path / "redis-server"
+    monkeypatch.setenv("ZEROOUT_REDIS_SERVER", str(tmp_path / "redis-server"))
+    assert find_server() == tmp_path / "redis-server"
 
 
 def test_a_folder_that_cannot_be_written_is_the_users_mistake(tmp_path: Path) -> None:

@@ -12,7 +12,6 @@ def store(client: redis.Redis, prefix: str) -> WeightStore:
 
 def test_an_empty_store_gives_nothing(store: WeightStore) -> None:
     assert store.pull(-1) is None
-    assert store.pull_version(0) is None
 
 
 def test_only_newer_weights_are_pulled(store: WeightStore) -> None:
@@ -30,15 +29,6 @@ def test_an_older_version_never_replaces_a_newer_one(store: WeightStore) -> None
     assert not store.publish(9, b"nine")
     assert store.publish(10, b"again")  # the reply was lost: the same call again is a success
     assert store.pull(-1) == (10, b"ten")
-
-
-def test_version_0_is_kept_for_ever(store: WeightStore) -> None:
-    store.publish(0, b"zero")
-    store.publish(3, b"three")
-    store.publish(0, b"other")
-    assert store.pull_version(0) == (0, b"zero")
-    assert store.pull_version(3) == (3, b"three")
-    assert store.pull_version(2) is None
 
 
 def test_a_poisoned_value_is_refused(store: WeightStore, client: redis.Redis, prefix: str) -> None:
