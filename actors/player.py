@@ -32,7 +32,7 @@ from env.seeds import derive_seed
 from learner.learner import LearnerConfig, first_priorities
 from learner.packing import MaskPacking
 from learner.replay.codec import encode
-from learner.replay.connection import connect
+from learner.replay.connection import connect, retrying
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, ReplayConfig
 from learner.replay.shards import open_replay
@@ -151,7 +151,9 @@ class Player:
             on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
         )
         if chosen.group == "search":
-            self.services.replay.insert(list(self._items(claimed, played)))
+            items = list(self._items(claimed, played))
+            # a full server is back-pressure: the episode waits, and is not lost
+            retrying(lambda: self.services.replay.insert(items), _PATIENCE_S, url=self.brief.redis_url)
         record = episode_record(
             chosen,
             played,

@@ -12,13 +12,15 @@ from safetensors.torch import save as save_tensors
 
 from actors.player import Brief, Services, new_controller
 from env.channels import ChannelPlan
+from env.errors import NonFiniteError
 from learner import checkpoint
 from learner.learner import Learner, UpdateReport
+from learner.replay.pipeline import PipelinedReplay
 
 __all__ = ["Trainer"]
 
 _IDLE_S = 0.1
-_BEAT_PERIOD_S = 1.0
+_BEAT_PERIOD_S = 0.5
 
 
 class Trainer:
@@ -34,10 +36,11 @@ class Trainer:
         self.brief, self.checkpoints = brief, checkpoints
         plan = ChannelPlan(brief.network(), torch.zeros(1, *brief.image_shape))
         self.services = Services(brief, "learner")
+        self.replay = PipelinedReplay(self.services.replay, brief.learner.batch_size)
         self.learner = Learner(
             new_controller(brief, plan),
             brief.ladder(plan),
-            self.services.replay,
+            self.replay,
             brief.learner,
             brief.sequences,
             brief.packing(plan),
@@ -45,28 +48,37 @@ class Trainer:
         saved = checkpoint.load_newest(checkpoints)
         if saved is not None:
             self.learner.load_state_dict(saved)
-        self._beat_at = 0.0
         self._last: UpdateReport | None = None
         self._delta_q: tuple[float, float] | None = None
         self._publish()
 
     def run(self) -> int:
         """Learn until the Controller's own episodes are played; returns the number of updates."""
-        while not self._over():
-            report = self.learner.update()
-            if report is None:
-                time.sleep(_IDLE_S)
-            else:
-                self._after(report)
-            self._beat()
-        self._publish()
-        self._save()
+        with self.replay:
+            try:
+                while not self._over():
+                    self._learn_until(time.monotonic() + _BEAT_PERIOD_S)
+                    self._beat()
+                self._publish()
+            except NonFiniteError:
+                self._save()  # the weights are the last good ones
+                raise
+            self._save()
         return self.learner.updates
 
     def _over(self) -> bool:
         """Whether a stop is asked for, or only controls are left to play."""
         schedule, ledger = self.brief.schedule, self.services.ledger
         return ledger.stop_requested() or ledger.remaining() <= schedule.total - schedule.per_group
+
+    def _learn_until(self, deadline_s: float) -> None:
+        """Update after update; the ledger is asked in between only, as each question makes the learner wait."""
+        while time.monotonic() < deadline_s:
+            report = self.learner.update()
+            if report is None:
+                time.sleep(_IDLE_S)
+            else:
+                self._after(report)
 
     def _after(self, report: UpdateReport) -> None:
         self._last, self._delta_q = report, report.delta_q or self._delta_q
@@ -80,16 +92,14 @@ class Trainer:
         self.services.weights.publish(self.learner.updates, save_tensors(state))
 
     def _save(self) -> None:
+        self.replay.flush()  # a checkpoint's updates and their priorities belong together
         checkpoint.save(self.checkpoints, self.learner.state_dict(), self.learner.updates)
 
     def _beat(self) -> None:
-        if time.monotonic() - self._beat_at < _BEAT_PERIOD_S:
-            return
-        self._beat_at = time.monotonic()
         state: dict[str, float] = {
             "updates": self.learner.updates,
             "skipped": self.learner.skipped,
-            "replay": self.services.replay.stats().size,
+            "replay": self.replay.stats().size,
         }
         if self._last is not None:
             state |= {"loss": self._last.loss, "mean_priority": self._last.mean_priority}
