@@ -7,20 +7,19 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import redis
-
 # The exact pin of torch comes first and alone: any other spelling may fetch another build of several gigabytes.
 # What torchrl and tensordict need besides is named, because they are installed without their own dependencies.
-# The peer's client library is ours, with the same parser.
-_HIREDIS = [f"hiredis=={metadata.version('hiredis')}"] if importlib.util.find_spec("hiredis") else []
+# The peer's client library is ours, with the same parser; gymnasium is what importing our codec asks for.
+_OURS = [
+    f"{name}=={metadata.version(name)}" for name in ("redis", "hiredis", "gymnasium") if importlib.util.find_spec(name)
+]
 RECIPES: dict[str, list[list[str]]] = {
     "reverb": [["dm-reverb[tensorflow]==0.14.0"]],
     "torchrl": [
         ["torch==2.13.0"],
         ["--no-deps", "torchrl==0.14.1", "tensordict==0.14.3", "hoptorch>=0.1.4"],
         [
-            "numpy", f"redis=={redis.__version__}", "cloudpickle", "packaging", "importlib_metadata", "orjson",
-            "pyvers>=0.2,<0.3", *_HIREDIS,
+            *_OURS, "numpy", "cloudpickle", "packaging", "importlib_metadata", "orjson", "pyvers>=0.2,<0.3",
         ],
     ],
     "cpprb": [["cpprb==11.0.0"]],

@@ -53,12 +53,13 @@ def _floor(run: Run) -> list[str]:
         "## The floor",
         "",
         f"A sequence: {run['payload']}.",
-        f"Its arrays are {floor['array_bytes']:,} bytes, {floor['payload_bytes']:,} encoded; the small one of the table of"
-        f" sizes is {floor['small_payload_bytes']} encoded.",
-        f"Our codec alone takes {floor['encode_us']:.1f} µs of CPU to encode it and {floor['decode_us']:.1f} µs to decode it"
-        f" (best of 5 passes); to copy its bytes once takes {copy_us:.2f} µs at {floor['copy_gb_per_s']:.1f} GB/s.",
-        "The least that a batch of 64 needs is two commands, sample and update, with 64 payloads one way and 64 keys and",
-        "priorities the other; an insert needs one, whatever its size. The raw rows are that, less the priorities.",
+        f"Its arrays are {floor['array_bytes']:,} bytes, {floor['payload_bytes']:,} encoded; the small one of",
+        f"the table of sizes is {floor['small_payload_bytes']}. Our codec alone takes {floor['encode_us']:.1f} µs of",
+        f"CPU to encode it and {floor['decode_us']:.1f} µs to decode it (best of 5 passes); one copy of its bytes",
+        f"takes {copy_us:.2f} µs at {floor['copy_gb_per_s']:.1f} GB/s.",
+        "",
+        "The least that a batch of 64 needs is two commands, sample and update, with 64 payloads one way and 64 keys",
+        "and priorities the other; an insert needs one, whatever its size. The raw rows are that, less the priorities.",
         "",
     ]
     counted = [(system["title"], cells) for system in run["systems"].values() if (cells := _counted(system))]
@@ -177,7 +178,8 @@ def aims(systems: Mapping[str, System]) -> list[str]:
 
 
 def _ahead(ours: System, peer: System) -> str:
-    title = f"{ours['title']}, ahead of {peer['title']} on every row"
+    note = f" ({peer['note']})" if peer["note"] else ""
+    title = f"{ours['title']}, ahead of {peer['title']}{note} on every row"
     found = [(row.title, r) for row in _compared(ours, peer) if (r := ratio(ours, peer, row.values))]
     behind = [f"{row} {r}" for row, r in found if r.median <= 1]
     if not found:
@@ -199,7 +201,7 @@ def _compared(ours: System, peer: System) -> list[Row]:
     both_used = all("used_bytes" in system.get("filled", {}) for system in (ours, peer))
     rows.append(Row("bytes a sequence", _inverse(_bytes_of("used_bytes" if both_used else "resident_bytes"))))
     rows += [
-        Row(f"{measure} at {int(size):,}", _inverse(cost_at(int(size), measure)))
+        Row(f"{PLAIN[measure]}, at {int(size):,}", _inverse(cost_at(int(size), measure)))
         for size in ours["sizes"]
         for measure in ("sample", "insert_batch")
     ]

@@ -9,17 +9,18 @@ from learner.sequence import EpisodeTrace, SequenceConfig, cut
 
 DISTINCT = 512
 STEPS, FILTERS, ZEROED_A_STEP, HIDDEN = 24, 1056, 40, 512
+_CUT = SequenceConfig()
 ABOUT = (
-    f"{SequenceConfig.burn_in} steps of burn-in and {SequenceConfig.unroll_length} learned from, cut by"
-    f" learner.sequence from an episode of {STEPS} over quarter-width VGG16's {FILTERS:,} filters, {ZEROED_A_STEP} zeroed a step, with"
-    f" the paper's recurrent state (2 x {HIDDEN} float32)"
+    f"{_CUT.burn_in} steps of burn-in and {_CUT.unroll_length} learned from, cut by learner.sequence from an episode"
+    f" of {STEPS} over quarter-width VGG16's {FILTERS:,} filters, {ZEROED_A_STEP} zeroed a step, with the paper's"
+    f" recurrent state (2 x {HIDDEN} float32)"
 )
 
 
 def full_sequences(count: int = DISTINCT) -> list[Arrays]:
     """Sequences of about 8 kB; they differ in what they hold, not in shape, as some peers ask for."""
     random = np.random.default_rng(0)
-    return [cut(_episode(random), SequenceConfig())[-1] for _ in range(count)]
+    return [cut(_episode(random), _CUT)[-1] for _ in range(count)]
 
 
 def small_sequences(count: int = DISTINCT) -> list[Arrays]:

@@ -18,8 +18,9 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 
 FILL_BATCH = 256
-SPARE_BYTES = 2 << 30  # of the machine's memory, below which filling stops
+SPARE_BYTES = 4 << 30  # of the machine's memory, below which filling stops
 SETTLE_S = 60.0
+WARM_UP = 0.2  # of the time measured, before it: also uses up what was fetched ahead meanwhile
 LEAST_CALLS = 3  # of each measurement, however long they take
 
 
@@ -113,12 +114,9 @@ class Worker:
         store = self._store
         self._settle()
         step = self._insert if what == "insert" else self._sample_and_update
-        laps: list[tuple[float, ...]] = []
+        self._repeat(step, batch, seconds * WARM_UP)
         counted, server, client = store.counters(), self._server_cpu_s(), time.process_time()
-        started = time.perf_counter()
-        while len(laps) < LEAST_CALLS or time.perf_counter() - started < seconds:
-            laps.append(step(batch))
-        wall_s = time.perf_counter() - started
+        laps, wall_s = self._repeat(step, batch, seconds)
         sequences = len(laps) * batch
         return {
             "per_s": sequences / wall_s,
@@ -128,6 +126,17 @@ class Worker:
             "latency_us": _quantiles(np.array(laps) * 1e6, ("insert",) if what == "insert" else ("sample", "update")),
             "counted": {name: (count - counted[name]) / sequences for name, count in store.counters().items()},
         }
+
+    @staticmethod
+    def _repeat(
+        step: Callable[[int], tuple[float, ...]], batch: int, seconds: float
+    ) -> tuple[list[tuple[float, ...]], float]:
+        """(what `step` returned each time, seconds that it took)."""
+        laps: list[tuple[float, ...]] = []
+        started = time.perf_counter()
+        while len(laps) < LEAST_CALLS or time.perf_counter() - started < seconds:
+            laps.append(step(batch))
+        return laps, time.perf_counter() - started
 
     def _insert(self, batch: int) -> tuple[float]:
         chosen = self._random.integers(len(self._store.sequences), size=batch).tolist()

@@ -5,7 +5,7 @@ of each call. Out: `TrajectoryDataset`, which fetches ahead while the last batch
 of taking a batch that is often there already, drawn by priorities of some batches ago.
 
 The server listens on every interface and cannot be told not to: worker and server get a network namespace of their
-own, with nothing in it but the loopback.
+own, with nothing in it but the loopback. Only the thread that asks for it moves, so reverb is imported afterwards.
 """
 
 import ctypes
