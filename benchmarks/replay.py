@@ -52,9 +52,13 @@ uses (Redis), and how its resident memory grew. The table of sizes has sequences
 fit, and a server filled anew for each size.
 
 Rounds are interleaved, in turning order, so that whatever else runs on the machine meets all systems alike; the first
-is thrown away, and each measurement is preceded by a fifth of its time unmeasured. A ratio pairs ours and the other in the same round: above 1, ours is quicker. Peers get virtual
-environments of their own under .peers/, made by the first run (a few GB, minutes); one that cannot be installed or run
-is shown with the first line of its error.
+is thrown away, and each measurement is preceded by a fifth of its time unmeasured. A ratio pairs ours and the other in
+the same round: above 1, ours is quicker.
+
+Peers get virtual environments of their own under .peers/, made by the first run (3 GB, minutes); one that cannot be
+installed or run is shown with the first line of its error. dm-reverb listens on all interfaces, so it is run in a
+network namespace of its own, for which Linux asks for root. All systems hold their data at once: the larger sizes need
+memory (a million in RLlib or dm-reverb are 5 to 7 GB), and filling stops where less than 4 GiB are left.
 
 examples:
   python -m benchmarks.replay                               all of it, about half an hour

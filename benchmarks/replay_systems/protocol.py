@@ -76,8 +76,9 @@ class Worker:
 
     def open(self, payload: str, capacity: int) -> dict[str, Any]:
         """Begin anew with the sequences of the file `payload` as what is inserted."""
-        store, before = self._store, self._memory()
+        store = self._store
         store.sequences = _read(Path(payload), keep_empty=store.takes_empty_arrays)
+        before = self._memory()
         store.open(capacity)
         self._empty = before if store.server_pid() is None else self._memory()
         return {"prioritized": store.prioritized}
