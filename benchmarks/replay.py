@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ CAPACITY = 10_000
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 MEASURES = {"insert_one": ("insert", 1), "insert_batch": ("insert", BATCH), "sample": ("sample", BATCH)}
 PEERS = ROOT / ".peers"
+LONGEST_ERROR = 160
 
 EPILOG = """\
 The systems, each worker a process of its own, each Redis server one of its own with the embedded server's settings
@@ -113,6 +115,8 @@ class Bench:
 
     def failed(self, name: str, why: str) -> None:
         """Note it; what the system has shown before stays."""
+        why = why.replace(f"{ROOT}/", "")
+        why = why if len(why) <= LONGEST_ERROR else f"{why[:LONGEST_ERROR]} ..."
         print(f"{name}: {why}", flush=True)
         self.results[name]["error"] = why
         self.workers.pop(name, None)
@@ -156,12 +160,13 @@ def filled(bench: Bench, names: Sequence[str], file: Path, size: int, limit_s: f
 def measured_round(bench: Bench, names: Sequence[str], seconds: float) -> dict[str, dict[str, Any]]:
     """{name: {measure: reply}} of one round."""
     replies: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for measure, (what, batch) in MEASURES.items():
 
-        def ask(name: str, worker: WorkerProcess, key: str = measure, what: str = what, batch: int = batch) -> None:
-            replies[name][key] = worker.ask("measure", what=what, batch=batch, seconds=seconds)
+    def measure(key: str, name: str, worker: WorkerProcess) -> None:
+        what, batch = MEASURES[key]
+        replies[name][key] = worker.ask("measure", what=what, batch=batch, seconds=seconds)
 
-        bench.each(ask, names)
+    for key in MEASURES:
+        bench.each(partial(measure, key), names)
     return {name: reply for name, reply in replies.items() if len(reply) == len(MEASURES)}
 
 

@@ -110,9 +110,7 @@ def _latencies(systems: Mapping[str, System]) -> list[str]:
 
 def _ratios(systems: Mapping[str, System]) -> list[str]:
     lines = ["## Ours : theirs, paired by round", ""]
-    for name in OURS:
-        if name not in systems:
-            continue
+    for name in [name for name in OURS if systems.get(name, {}).get("rounds")]:
         lines += _head(f"{systems[name]['title']} :", *MEASURES.values())
         for other, system in systems.items():
             if other not in OURS and system["rounds"]:
@@ -302,6 +300,6 @@ def _rows(systems: Mapping[str, System], cells: Callable[[System], list[str]], w
     for system in systems.values():
         shown = cells(system) if system["rounds"] else [""] * width
         if "error" in system:
-            shown[0] = f"{shown[0]} **not run: {system['error'].replace('|', '/')}**".strip()
+            shown[0] = f"{shown[0]} **failed: {system['error'].replace('|', '/')}**".strip()
         lines.append(f"| {system['title']} | " + " | ".join(shown) + " |")
     return lines
