@@ -40,7 +40,7 @@ local function read_state()
 end
 
 local function write_state()
-  local values = {}
+  local values = {'size', size}
   if size == 0 then
     state.total, state.total_low, state.bytes = 0, 0, 0
   end
