@@ -30,7 +30,7 @@ from env.recognizer import Recognizer
 from env.seeds import derive_seed
 from learner.learner import LearnerConfig
 from learner.replay.codec import encode
-from learner.replay.connection import connect
+from learner.replay.connection import connect, retrying
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, ReplayConfig
 from learner.replay.shards import open_replay
@@ -145,7 +145,9 @@ class Player:
             on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
         )
         if chosen.group == "search":
-            self.services.replay.insert(list(self._items(claimed, played)))
+            items = list(self._items(claimed, played))
+            # a full server is waited for: the episode is dear
+            retrying(lambda: self.services.replay.insert(items), _PATIENCE_S, url=self.brief.redis_url)
         record = episode_record(
             chosen,
             played,
