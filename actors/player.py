@@ -152,7 +152,7 @@ class Player:
         )
         if chosen.group == "search":
             items = list(self._items(claimed, played))
-            # a full server is back-pressure: the episode waits, and is not lost
+            # a full server is waited for: the episode is dear
             retrying(lambda: self.services.replay.insert(items), _PATIENCE_S, url=self.brief.redis_url)
         record = episode_record(
             chosen,

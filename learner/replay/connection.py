@@ -34,6 +34,7 @@ _T = TypeVar("_T")
 
 # OutOfMemoryError is back-pressure: it ends when something is deleted. BusyLoadingError ends by itself.
 _PASSING = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, OutOfMemoryError)
+_REPEATED = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, ResponseError)  # by redis-py, see `_Retry`
 # redis-py derives these two from ConnectionError, but no waiting mends them.
 _LASTING = (AuthenticationError, AuthorizationError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
@@ -41,7 +42,7 @@ _PAUSE_CAP_S = 0.5  # of redis-py's own repetitions
 
 
 class _Retry(Retry):
-    """redis-py's retries, except that a refused password is not offered again and again."""
+    """redis-py's retries; a refused password is not offered again and again, a server busy with a script is."""
 
     def call_with_retry(
         self,
@@ -51,7 +52,9 @@ class _Retry(Retry):
         with_failure_count: bool = False,
     ) -> _T:
         def passing(error: Exception) -> bool:
-            return not isinstance(error, _LASTING) and (is_retryable is None or is_retryable(error))
+            if isinstance(error, _LASTING) or (isinstance(error, ResponseError) and not _is_busy(error)):
+                return False
+            return is_retryable is None or is_retryable(error)
 
         return super().call_with_retry(do, fail, passing, with_failure_count)
 
@@ -70,7 +73,7 @@ def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
             socket_connect_timeout=5,
             socket_timeout=10,
             health_check_interval=30,
-            retry=_Retry(backoff, retries, (redis.ConnectionError, redis.TimeoutError, BusyLoadingError)),
+            retry=_Retry(backoff, retries, _REPEATED),
         )
     except ValueError as error:
         raise UserError(
@@ -88,7 +91,7 @@ def redact(url: str) -> str:
 
 
 def retrying(call: Callable[[], _T], deadline_s: float, *, url: str) -> _T:
-    """Return `call()`, repeated with growing pauses while the server is away, loading or full.
+    """Return `call()`, repeated with growing pauses while the server is away, loading, busy or full.
 
     `call` must be idempotent. Raises UserError with the redacted URL when it still fails `deadline_s` seconds
     after the start or the server refuses the password; every other error of `call` passes through.
@@ -99,7 +102,9 @@ def retrying(call: Callable[[], _T], deadline_s: float, *, url: str) -> _T:
             result = call()
         except _LASTING as error:
             raise _refused(url, error) from error
-        except _PASSING as error:
+        except RedisError as error:
+            if not isinstance(error, _PASSING) and not _is_busy(error):
+                raise
             failures += 1
             waited_s = time.monotonic() - start
             if waited_s + pause_s > deadline_s:
@@ -153,6 +158,11 @@ def script(client: redis.Redis, *names: str) -> Script:
     """Return the Lua files `names` of this package, joined in that order, as one script (sent once, then by hash)."""
     folder = resources.files(__package__)
     return client.register_script("\n".join((folder / name).read_text("utf-8") for name in names))
+
+
+def _is_busy(error: Exception) -> bool:
+    """Whether the server is in the middle of a long script: a large replay being mended, or somebody else's."""
+    return isinstance(error, ResponseError) and str(error).startswith("BUSY ")
 
 
 def _eviction_policy(client: redis.Redis) -> str | None:

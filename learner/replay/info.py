@@ -58,7 +58,7 @@ def _looked(race: Race, counts: Counts, ranks: int, draws: int) -> tuple[list[fl
     """Return the ages at evenly spaced ranks and the weights of sequences drawn with replacement."""
     if not counts["size"]:
         return [], []
-    with race.client.pipeline(transaction=True) as pipeline:
+    with race.client.pipeline(transaction=False) as pipeline:
         for rank in np.linspace(0, counts["size"] - 1, max(1, ranks)).round().astype(int).tolist():
             pipeline.zrange(race.age, rank, rank, withscores=True)
         pipeline.hrandfield(race.weight, -max(1, draws), withvalues=True)

@@ -22,7 +22,7 @@ from learner.replay.connection import namespace, script
 
 __all__ = ["Candidate", "Ledger"]
 
-_SCRIPTS = ("open", "claim", "renew", "release", "complete", "restore", "best")
+_SCRIPTS = ("open", "claim", "renew", "release", "complete", "restore", "best", "remaining")
 # In the order in which ledger.lua names them.
 _KEYS = (
     "meta", "pending", "leases", "owners", "claims", "done", "records",
@@ -122,10 +122,7 @@ class Ledger:
 
     def remaining(self) -> int:
         """Return the number of episodes that are pending or leased."""
-        with self._client.pipeline(transaction=True) as pipeline:
-            pipeline.zcard(self._keys[1])
-            pipeline.zcard(self._keys[2])
-            return sum(pipeline.execute())
+        return int(self._run("remaining"))
 
     def in_flight(self) -> list[tuple[int, str]]:
         """Return (id, owner) of every lease that nobody has taken over, by id."""

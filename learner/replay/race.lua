@@ -40,7 +40,7 @@ local function read_state()
 end
 
 local function write_state()
-  local values = {}
+  local values = {'size', size}
   if size == 0 then
     state.total, state.total_low, state.bytes = 0, 0, 0
   end
@@ -97,61 +97,86 @@ local function parse(record)
   end
 end
 
--- Whether a sequence of the age key has all that belongs to it, undamaged as far as it shows here; with its record.
-local function look_at(key, generation)
-  local weight, bytes = parse(redis.call('HGET', WEIGHT, key))
-  local id = string.match(key, '^%d+:(.+)$')
-  local whole = weight and id
-    and finite(tonumber(redis.call('ZSCORE', CLOCK, key) or 'none'))
-    and redis.call('HSTRLEN', DATA, key) == bytes
-    and tonumber(redis.call('HGET', IDS, id) or 'none') == tonumber(generation)
-  return whole, weight, bytes
+-- Take the parts of a sequence, or of what is none, out of all keys and count it as damaged.
+local function discard(key)
+  redis.call('HDEL', DATA, key)
+  redis.call('HDEL', WEIGHT, key)
+  redis.call('ZREM', CLOCK, key)
+  redis.call('ZREM', AGE, key)
+  local generation, id = string.match(key, '^(%d+):(.+)$')
+  if id and redis.call('HGET', IDS, id) == generation then
+    redis.call('HDEL', IDS, id)
+  end
+  state.rejected, damaged_count = state.rejected + 1, damaged_count + 1
+  if damaged_count <= NAMED then
+    damaged[damaged_count] = key
+  end
 end
 
--- Take `member` out of `key` unless `whole`, by which it belongs to a sequence; count that sequence as damaged once.
-local function take_out(command, key, member, sequence, whole)
-  if not whole[sequence] then
-    redis.call(command, key, member)
-    if whole[sequence] == nil then
-      whole[sequence], damaged_count = false, damaged_count + 1
-      if damaged_count <= NAMED then
-        damaged[damaged_count] = sequence
+-- Look at sequences of the age key: add those that have all their parts to the sums and to `whole`, discard the rest.
+local function look_at(keys, generations, whole)
+  local ids = {}
+  for i, key in ipairs(keys) do
+    ids[i] = string.match(key, '^%d+:(.+)$') or ''
+  end
+  local records, clocks = redis.call('HMGET', WEIGHT, unpack(keys)), redis.call('ZMSCORE', CLOCK, unpack(keys))
+  local held = redis.call('HMGET', IDS, unpack(ids))
+  for i, key in ipairs(keys) do
+    local weight, bytes = parse(records[i])
+    if weight and clocks[i] and finite(tonumber(clocks[i])) and tonumber(held[i] or 'none') == generations[i]
+        and redis.call('HSTRLEN', DATA, key) == bytes then
+      whole[key] = true
+      state.bytes, state.generation = state.bytes + bytes, math.max(state.generation, generations[i])
+      add_to_total(weight)
+    else
+      discard(key)
+    end
+  end
+end
+
+-- Whether every key has as many entries as there are sequences. All are asked: one of the wrong type raises an error.
+local function is_even()
+  local clocks, payloads = redis.call('ZCARD', CLOCK), redis.call('HLEN', DATA)
+  local weights, ids = redis.call('HLEN', WEIGHT), redis.call('HLEN', IDS)
+  return clocks == size and payloads == size and weights == size and ids == size
+end
+
+-- Discard what stands in a key and belongs to no whole sequence.
+local function discard_strays(whole)
+  for _, members in ipairs({redis.call('ZRANGE', CLOCK, 0, -1), redis.call('HKEYS', DATA), redis.call('HKEYS', WEIGHT)}) do
+    for _, key in ipairs(members) do
+      if whole[key] == nil then
+        whole[key] = false
+        discard(key)
       end
+    end
+  end
+  local ids = redis.call('HGETALL', IDS)
+  for i = 1, #ids, 2 do
+    if not whole[ids[i + 1] .. ':' .. ids[i]] then
+      redis.call('HDEL', IDS, ids[i])
     end
   end
 end
 
 -- Remove every sequence that is not whole and every part that belongs to none; sum weights and bytes anew. O(n),
--- some seconds for a million, and only ever needed when a foreign hand has changed something under our keys.
+-- seconds for a million, and only ever needed when a foreign hand has changed something under our keys.
 local function sweep()
-  local whole, before = {}, damaged_count
+  local whole, step = {}, AT_ONCE / 4
   state.total, state.total_low, state.bytes = 0, 0, 0
   local ages = redis.call('ZRANGE', AGE, 0, -1, 'WITHSCORES')
-  for i = 1, #ages, 2 do
-    local sound, weight, bytes = look_at(ages[i], ages[i + 1])
-    if sound then
-      whole[ages[i]], state.bytes = true, state.bytes + bytes
-      add_to_total(weight)
-      state.generation = math.max(state.generation, tonumber(ages[i + 1]))
+  for start = 1, #ages, 2 * step do
+    local keys, generations = {}, {}
+    for i = start, math.min(start + 2 * step, #ages) - 1, 2 do
+      keys[#keys + 1], generations[#generations + 1] = ages[i], tonumber(ages[i + 1])
     end
-  end
-  for _, key in ipairs({CLOCK, AGE}) do
-    for _, member in ipairs(redis.call('ZRANGE', key, 0, -1)) do
-      take_out('ZREM', key, member, member, whole)
-    end
-  end
-  for _, key in ipairs({DATA, WEIGHT}) do
-    for _, member in ipairs(redis.call('HKEYS', key)) do
-      take_out('HDEL', key, member, member, whole)
-    end
-  end
-  local ids = redis.call('HGETALL', IDS)
-  for i = 1, #ids, 2 do
-    take_out('HDEL', IDS, ids[i], ids[i + 1] .. ':' .. ids[i], whole)
+    look_at(keys, generations, whole)
   end
   size = redis.call('ZCARD', AGE)
+  if not is_even() then
+    discard_strays(whole)
+  end
   state.inserted = math.max(state.inserted, size)
-  state.rejected = state.rejected + damaged_count - before
 end
 
 -- Return the weights and the payload bytes of sequences that must be there; nil, after a sweep, when one is damaged.
@@ -204,9 +229,5 @@ if unreadable then
   return redis.error_reply('UNREADABLE ' .. unreadable)
 end
 size = redis.call('ZCARD', AGE)
-local counts = {redis.call('ZCARD', CLOCK), redis.call('HLEN', DATA), redis.call('HLEN', WEIGHT), redis.call('HLEN', IDS)}
 local newest = tonumber(redis.call('ZRANGE', AGE, -1, -1, 'WITHSCORES')[2] or '0')
-local untouched = newest <= state.generation and (size == 0 or state.total > 0)
-for _, count in ipairs(counts) do
-  untouched = untouched and count == size
-end
+local untouched = is_even() and newest <= state.generation and (size == 0 or state.total > 0)

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import redis
-from redis.client import Pipeline
 from redis.exceptions import ResponseError
 
 from env.errors import UserError
@@ -24,12 +23,12 @@ _log = logging.getLogger(__name__)
 
 _TYPES = {"clock": "zset", "data": "hash", "weight": "hash", "age": "zset", "ids": "hash", "state": "hash"}
 _SCRIPTS = ("insert", "sample", "update", "reject")
-_COUNTERS = ("bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch", "generation", "total")
+_COUNTERS = ("size", "bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch", "generation", "total")
 _KEEP_RESULT_S = 60  # far above the time in which redis-py repeats a command
 
 
 Counts = dict[str, float]
-"""The counters of one moment: "size" and what `_COUNTERS` lists."""
+"""The counters of one moment, by the names in `_COUNTERS`."""
 
 
 class Race:
@@ -74,18 +73,11 @@ class Race:
         found: Any = self.client.hmget(self.data, keys)
         return list(found)
 
-    def ask_counts(self, pipeline: Pipeline) -> None:
-        """Put the two commands whose answers `counts` understands into `pipeline`."""
-        pipeline.zcard(self.age)
-        pipeline.hgetall(self.state)
-
-    def counts(self, answers: Sequence[Any]) -> Counts:
-        """Return the counters from the two answers, which may be errors; UserError as in `run`."""
-        for answer in answers:
-            if isinstance(answer, Exception):
-                raise self.explained(answer) from answer
-        size, fields = answers
-        return {"size": float(size)} | {name: self._number(name, fields.get(name.encode(), b"0")) for name in _COUNTERS}
+    def counts(self, fields: Any) -> Counts:
+        """Return the counters from what HGETALL of `state` has answered, an error included; UserError as in `run`."""
+        if isinstance(fields, Exception):
+            raise self.explained(fields) from fields
+        return {name: self._number(name, fields.get(name.encode(), b"0")) for name in _COUNTERS}
 
     def _number(self, field: str, raw: bytes) -> float:
         with contextlib.suppress(ValueError):

@@ -31,7 +31,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import redis
-from redis.client import Pipeline
+from redis.exceptions import ResponseError
 
 from learner.replay.codec import PayloadError, decode
 from learner.replay.info import ReplayInfo, look
@@ -220,25 +220,20 @@ class Replay:
 
     def stats(self) -> ReplayStats:
         """Return the counters, all of one moment; may be called from any thread."""
-        return stats_of(self._config, self._counted())
+        return stats_of(self._config, self.counts())
 
     def info(self) -> ReplayInfo:
         """Return the counters with ages and priorities; cheap at any size, and may be called from any thread."""
-        counts = self._counted()
+        counts = self.counts()
         return look([(self.race, counts)], self._config, stats_of(self._config, counts))
 
-    def ask_counts(self, pipeline: Pipeline) -> None:
-        """Put the two commands whose answers `counts` understands into `pipeline`."""
-        self.race.ask_counts(pipeline)
-
-    def counts(self, answers: Sequence[Any]) -> Counts:
-        """Return the counters from those two answers; UserError when they cannot be read."""
-        return self.race.counts(answers)
-
-    def _counted(self) -> Counts:
-        with self.client.pipeline(transaction=True) as pipeline:
-            self.ask_counts(pipeline)
-            return self.counts(pipeline.execute(raise_on_error=False))
+    def counts(self) -> Counts:
+        """Return the raw counters; UserError when they cannot be read."""
+        try:
+            fields: Any = self.race.client.hgetall(self.race.state)
+        except ResponseError as error:
+            fields = error
+        return self.race.counts(fields)
 
     def refuse(self, asked: int) -> None:
         """Count a refused sample of `asked` sequences, where the limiter of several shards refused it."""

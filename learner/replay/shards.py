@@ -165,14 +165,14 @@ class ShardedReplay:
         """Return the counters of every shard that can be read, in one round trip for each client."""
         found: dict[int, Counts] = {}
         for client in {id(replay.client): replay.client for replay in self._replays}.values():
-            here = [i for i, replay in enumerate(self._replays) if replay.client is client]
-            with client.pipeline(transaction=True) as pipeline:
-                for i in here:
-                    self._replays[i].ask_counts(pipeline)
+            here = {i: replay.race for i, replay in enumerate(self._replays) if replay.client is client}
+            with client.pipeline(transaction=False) as pipeline:
+                for race in here.values():
+                    pipeline.hgetall(race.state)
                 answers = pipeline.execute(raise_on_error=False)
-            for n, i in enumerate(here):
+            for (i, race), answer in zip(here.items(), answers, strict=True):
                 try:
-                    found[i] = self._replays[i].counts(answers[2 * n : 2 * n + 2])
+                    found[i] = race.counts(answer)
                 except UserError as error:
                     self._leave_out(i, error)
         return found

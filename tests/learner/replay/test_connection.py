@@ -1,4 +1,5 @@
 import logging
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +93,22 @@ def test_a_user_who_may_not_read_the_policy_is_trusted_with_a_warning(
         with pytest.raises(NoPermissionError):
             client.config_get("maxmemory-policy")
     assert "must be noeviction" in caplog.text
+
+
+def test_a_server_busy_with_a_long_script_is_waited_for(own_url: str) -> None:
+    def keep_busy() -> None:
+        with connect(own_url) as other:
+            other.eval("local n = 0 while n < 1e8 do n = n + 1 end", 0)
+
+    with connect(own_url, patience_s=20.0) as client:
+        client.config_set("lua-time-limit", 1)
+        thread = threading.Thread(target=keep_busy)
+        thread.start()
+        with redis.Redis.from_url(own_url, retry=None) as impatient, pytest.raises(redis.ResponseError, match="BUSY"):  # noqa: PT012
+            while thread.is_alive():
+                impatient.ping()
+        assert retrying(lambda: client.set("x", 1), 20.0, url=own_url)
+        thread.join()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 import redis
 from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import OutOfMemoryError
+from replay_state import chosen_server, weights_of
 
 from deploy.redis_server import EmbeddedServer
 from learner.replay.codec import encode
@@ -50,8 +51,9 @@ def _shares(weights: dict[int, float]) -> dict[int, float]:
     return {i: weight / sum(weights.values()) for i, weight in weights.items()}
 
 
-def _weights(client: redis.Redis, prefix: str) -> list[float]:
-    return [float(record.split()[0]) for record in client.hvals(f"{{{prefix}}}:replay:weight")]
+@pytest.fixture
+def redis_url(each_url: str) -> str:
+    return each_url
 
 
 @pytest.fixture
@@ -118,9 +120,9 @@ def test_frequencies_follow_while_priorities_change_and_sequences_come_and_go(ma
             observed[i - min(weights)] += _numbers(sample).count(i)
             expected[i - min(weights)] += 16 * p
             variance[i - min(weights)] += 16 * p * (1 - p)
-        for key, number in zip(sample.keys, _numbers(sample), strict=True):
-            weights[number] = float(rng.choice([0.25, 1.0, 4.0]))
-            replay.update([key], [weights[number]])
+        new = rng.choice([0.25, 1.0, 4.0], 16)
+        replay.update(sample.keys, new)
+        weights |= dict(zip(_numbers(sample), new.tolist(), strict=True))
     assert np.abs((observed - expected) / np.sqrt(variance)).max() < 4.5
     assert replay.stats().total_weight == pytest.approx(sum(weights.values()))
 
@@ -346,13 +348,13 @@ def test_many_processes_may_insert_sample_and_update_at_once(redis_url: str, pre
         replay = Replay(client, prefix, _free(), np.random.default_rng(0))
         stats = replay.stats()
         assert (stats.size, stats.inserted, stats.sampled, stats.evicted) == (50, 360, 480, 310)
-        assert stats.total_weight == math.fsum(_weights(client, prefix))
+        assert stats.total_weight == math.fsum(weights_of(client, prefix).values())
 
 
 @pytest.fixture
-def full(tmp_path: Path) -> Iterator[redis.Redis]:
+def full(program: str, tmp_path: Path) -> Iterator[redis.Redis]:
     """A server of its own, whose memory the test may limit."""
-    with EmbeddedServer(tmp_path) as server, connect(server.url) as client:
+    with chosen_server(program), EmbeddedServer(tmp_path) as server, connect(server.url) as client:
         yield client
 
 
@@ -370,6 +372,7 @@ def test_a_full_server_refuses_inserts_but_lets_the_learner_and_the_records_thro
     assert sample is not None
     assert replay.update(sample.keys, [4.0] * 5) == 5
     assert ledger.complete(0, '{"id": 0}')
+    assert ledger.remaining() == 1
     assert ledger.records() == ['{"id": 0}']
 
 
