@@ -7,7 +7,6 @@ For each point of result.json: a file of each format (deploy/formats.py), and a 
 import contextlib
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from deploy.folder import CampaignFolder, read_json
 from deploy.formats import FORMATS, Source, load_exported
 from env.compact_file import form_of_file, network_from_file
 from env.data import Dataset
-from env.errors import UserError, ZerooutError
+from env.errors import UserError, ZerooutError, first_line
 from env.files import replace_file
 
 __all__ = ["export", "points_of"]
@@ -206,8 +205,7 @@ def _first_line(error: BaseException) -> str:
     """The kind and first line of the error at the root: exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{type(error).__name__}: {(plain.splitlines() or [''])[0][:200].strip()}"
+    return f"{type(error).__name__}: {first_line(error)[:200].strip()}"
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from env.errors import UserError
+from env.errors import UserError, first_line
 
 __all__ = [
     "CONVOLUTIONS",
@@ -119,7 +119,7 @@ def _cannot_run(model: nn.Module, example: Tensor, error: Exception) -> UserErro
     return UserError(
         f"network {type(model).__name__}",
         expected=f"a forward that takes float32 {list(example.shape)} and returns logits",
-        got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        got=f"{type(error).__name__}: {first_line(error)}",
         remedy="give images of the size and channels it is made for, or mend its forward",
     )
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from env.data import check_fields
-from env.errors import UserError
+from env.errors import UserError, first_line
 from env.skips import add_skip_convolutions
 
 __all__ = [
@@ -342,7 +342,7 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
         raise UserError(
             "network.factory",
             expected=f"a network for {channels} channels and {classes} classes from {factory}",
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             remedy="mend the factory",
         ) from error
     if not isinstance(network, nn.Module):

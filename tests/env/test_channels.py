@@ -98,6 +98,15 @@ def test_compact_in_two_steps_equals_compact_at_once(name: str, seed: int) -> No
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+def test_a_compact_network_can_be_trained(name: str) -> None:
+    network, plan = made(name)
+    compact = plan.compact(network, random_mask(plan, 5)).train()
+    compact(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert compact.training
+    assert not network.training
+
+
+@pytest.mark.parametrize("name", NETWORKS)
 def test_keeping_everything_changes_nothing_and_shares_nothing(name: str) -> None:
     network, plan = made(name)
     images = torch.randn(2, 3, 8, 8)

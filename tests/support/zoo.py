@@ -251,6 +251,22 @@ class HalvesReadApart(nn.Module):
         return cast(Tensor, self.classifier(torch.relu(self.after(torch.relu(both))).mean((2, 3))))
 
 
+class TrainingBranch(nn.Module):
+    """A convolution that reads another in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.extra = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.second = nn.Conv2d(8, 6, 3)
+        self.classifier = nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.first(images))
+        if self.training:
+            maps = maps + 0.1 * self.extra(maps)
+        return cast(Tensor, self.classifier(torch.relu(self.second(maps)).mean((2, 3))))
+
+
 class ComputedWeight(nn.Module):
     """A convolution whose weight is computed from two other parameters."""
 
@@ -438,6 +454,7 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "bare parameter": (Scaled, "first", "a bare nn.Parameter"),
     "channel multiplier": (lambda: grouped(4, 8, 4), "0", "single channel in a group"),
     "halves read apart": (HalvesReadApart, "before", "does not run without some of its channels"),
+    "a branch for training alone": (TrainingBranch, "first", "in training mode the network does not run without"),
     "computed weight": (ComputedWeight, "first", "computes its weights from other parameters"),
     "tied weights": (Tied, "second", "second shares its weights with third"),
     "channels exchanged": (lambda: Between(shuffled), "before", "not the same as silencing"),
