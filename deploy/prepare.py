@@ -203,8 +203,6 @@ def train_shown(
             on_batch=partial(progress.batch, name),
         )
     except NonFiniteError as error:
-        removal = f", remove {checkpoint}" if checkpoint.is_file() else ""
         raise NonFiniteError(
-            f"{name}: {error}. To go on: change that in {folder.campaign_toml}{removal}, "
-            f"and zeroout resume {folder.path}"
+            f"{name}: {error}. To go on: change that in {folder.campaign_toml}, and zeroout resume {folder.path}"
         ) from error
