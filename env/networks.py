@@ -18,9 +18,11 @@ from typing import cast
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from env.data import check_fields
 from env.errors import UserError, first_line
+from env.groups import module_tensors
 from env.skips import add_skip_convolutions
 
 __all__ = [
@@ -352,7 +354,28 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
             got=f"a {type(network).__name__} from {factory}",
             remedy="return the network itself",
         )
+    _check_plain(network, factory)
     return network
+
+
+def _check_plain(network: nn.Module, factory: str) -> None:
+    """UserError where the filters of a module cannot be read or taken out, whatever the network is."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found, remedy = "which torch.jit made", "return the module without torch.jit"
+        elif "_orig_mod" in module._modules:
+            found, remedy = "which torch.compile made", "return the module without torch.compile"
+        elif any(is_lazy(tensor) for tensor in module_tensors(module).values()):
+            found = "whose parameters have no sizes yet"
+            remedy = "give the sizes, or run it once on images of zeros in the factory"
+        else:
+            continue
+        raise UserError(
+            "network.factory",
+            expected=f"a plain torch.nn.Module from {factory}",
+            got=f"{f'{type(module).__name__} {name}'.strip()}, {found}",
+            remedy=remedy,
+        )
 
 
 def _scaled(channels: int, width: float) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from env.errors import first_line
+from env.errors import UserError, first_line
 from env.zero_out import attach_zero_out
 
 if TYPE_CHECKING:  # which tries itself out
@@ -33,6 +33,9 @@ def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[
         model: its network in eval mode; it is not changed.
         example: float32 [1, C, H, W].
 
+    Raises:
+        UserError: the network answers otherwise each time, so that nothing can be compared.
+
     """
     with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(0)
@@ -42,6 +45,7 @@ def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[
             model(images)
         except Exception:  # a forward that insists on float32
             model, images = model.float(), images.float()
+        _check_steady(model, images)
         layers = range(len(plan.layers))
         if _disagreement(plan, model, images, layers) is None:
             return {}
@@ -54,6 +58,18 @@ def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[
             else:
                 broken[layer] = reason
     return broken
+
+
+def _check_steady(model: nn.Module, images: Tensor) -> None:
+    first, second = model(images), model(images)
+    if not bool((first - second).abs().max() > _rounding(first)):
+        return
+    raise UserError(
+        f"network {type(model).__name__} in eval mode",
+        expected="the same logits each time for the same images",
+        got="others each time",
+        remedy="let it draw at random in training mode only: F.dropout(x, p, training=self.training), or nn.Dropout",
+    )
 
 
 def _disagreement(plan: "ChannelPlan", model: nn.Module, images: Tensor, layers: Sequence[int]) -> str | None:
@@ -103,8 +119,12 @@ def _untrainable(compact: nn.Module, masked: nn.Module, images: Tensor) -> str |
 
 def _alike(compact: Tensor, silenced: Tensor, full: Tensor) -> bool:
     """Whether they differ by no more than rounding, which is small beside what silencing changes."""
-    rounding = _ROUNDING * torch.finfo(full.dtype).eps * full.abs().max()
-    return bool((compact - silenced).abs().max() <= torch.maximum(_TOLERANCE * (silenced - full).abs().max(), rounding))
+    allowed = torch.maximum(_TOLERANCE * (silenced - full).abs().max(), _rounding(full))
+    return bool((compact - silenced).abs().max() <= allowed)
+
+
+def _rounding(logits: Tensor) -> Tensor:
+    return _ROUNDING * torch.finfo(logits.dtype).eps * logits.abs().max()
 
 
 def _perturbed(model: nn.Module) -> nn.Module:

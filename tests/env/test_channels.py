@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -303,6 +304,21 @@ def test_a_mistake_that_is_small_beside_the_logits_is_found() -> None:
             return self.classifier(torch.relu(self.after(maps)).mean((2, 3)))  # type: ignore[no-any-return]
 
     assert "not the same as silencing" in ChannelPlan(Hidden(), EXAMPLE).left_out["before"]
+
+
+def test_a_network_that_answers_otherwise_each_time_is_told() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.classifier = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(F.dropout(self.before(images).mean((2, 3))))  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        UserError, match=r"network Dropping in eval mode: .* others each time; .*training=self\.training"
+    ):
+        ChannelPlan(Dropping(), EXAMPLE)
 
 
 class Unsure(nn.Module):

@@ -68,6 +68,30 @@ def test_a_factory_that_fails_is_told_with_what_it_said(
         build_network(NetworkConfig(factory=f"own_networks:{name}"), channels=3, classes=4)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.jit.script, "got RecursiveScriptModule, which torch.jit made; return the module without torch.jit"),
+        (torch.compile, "got OptimizedModule, which torch.compile made; return the module without torch.compile"),
+        (
+            lambda network: nn.Sequential(network, nn.LazyLinear(4)),
+            "got LazyLinear 1, whose parameters have no sizes yet; give the sizes, or run it once on images of zeros",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_a_network_whose_filters_cannot_be_read_is_told_with_what_to_give_instead(
+    monkeypatch: pytest.MonkeyPatch, make: Any, message: str
+) -> None:
+    def made(*, channels: int, classes: int) -> nn.Module:
+        network: nn.Module = make(nn.Sequential(nn.Conv2d(channels, classes, 3), nn.Flatten()))
+        return network
+
+    monkeypatch.setitem(sys.modules, "own_networks", types.SimpleNamespace(made=made))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected a plain torch.nn.Module from own_networks:made, " + message):
+        build_network(NetworkConfig(factory="own_networks:made"), channels=3, classes=4)
+
+
 @pytest.mark.parametrize("value", [torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64)])
 def test_weights_that_no_layer_has_are_refused(tmp_path: Path, value: torch.Tensor) -> None:
     torch.save({"odd": value}, tmp_path / "weights.pt")
