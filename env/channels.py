@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from env.errors import UserError, first_line
 from env.groups import (
@@ -36,6 +37,7 @@ __all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt"]
 
 #: What compression can be counted in; each is a method of ChannelPlan.
 MEASURES = ("parameters", "macs", "bytes")
+_HARDLY = 0.01  # of all multiply-accumulates: what lies outside the modules is not worth a word
 _DICTS = (dict, OrderedDict)
 
 
@@ -65,6 +67,8 @@ class ChannelPlan:
         layer_of: int64 [F], the layer of each unit.
         left_out: module name -> why it is not pruned.
         outputs: how many logits the network returns for an image.
+        macs_outside: multiply-accumulates of the full network outside the convolutions and linear layers that it calls
+            (functional calls, products of maps); no measure counts them.
 
     Raises:
         UserError: the network cannot be copied, run or traced, or does not return logits [1, outputs].
@@ -82,11 +86,14 @@ class ChannelPlan:
             self.left_out.update(dict.fromkeys(self.layers[layer].modules, reason))
         if broken:
             self._assign(model, [group for layer, group in enumerate(groups) if layer not in broken])
+        positions, all_macs = _used(model, example)
+        self.left_out.update(_unnamed(model, self.layers, self.left_out, positions))
         tensors: dict[str, Tensor] = dict(model.named_parameters())
         self._costs = {
             "parameters": self._cost(dict.fromkeys(tensors, 1), tensors),
-            "macs": self._cost(_positions(model, example), _weights(model)),
+            "macs": self._cost(positions, _weights(model)),
         }
+        self.macs_outside = max(0, all_macs - int(self.macs(self.widths)))
         tensors |= dict(model.named_buffers())
         self._costs["bytes"] = self._cost({name: t.element_size() for name, t in tensors.items()}, tensors)
 
@@ -137,6 +144,21 @@ class ChannelPlan:
     def costs(self, kept: Tensor) -> dict[str, int]:
         """All of `MEASURES` for one state, int64 [L] units kept."""
         return {measure: int(self.cost(measure, kept)) for measure in MEASURES}
+
+    @property
+    def share_outside(self) -> float:
+        """`macs_outside` as a share of all multiply-accumulates of the full network."""
+        return self.macs_outside / max(1, self.macs_outside + int(self.macs(self.widths)))
+
+    @property
+    def uncounted(self) -> str:
+        """A clause on the multiply-accumulates that no measure counts; "" where they hardly matter."""
+        if self.share_outside < _HARDLY:
+            return ""
+        return (
+            f"{self.macs_outside:,} more MACs ({self.share_outside:.0%} of all) lie outside the convolutions and "
+            "linear layers that it calls, and are not counted"
+        )
 
     def compact(self, network: nn.Module, keep_mask: Tensor, have: Tensor | None = None) -> nn.Module:
         """Return a copy of `network` in which the units outside `keep_mask` are really gone.
@@ -282,8 +304,29 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, PRODUCERS)}
 
 
-def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """How often each weight of a convolution or linear layer is used for one input: output positions."""
+def _unnamed(
+    model: nn.Module, layers: Sequence[Layer], left_out: Mapping[str, str], positions: Mapping[str, int]
+) -> Iterator[tuple[str, str]]:
+    """(module, reason) for each convolution and linear layer that the graph does not show at all."""
+    named = {module for layer in layers for module in layer.modules} | set(left_out)
+    for name, module in model.named_modules():
+        if isinstance(module, PRODUCERS) and name not in named:
+            called = f"{name}.weight" in positions
+            yield (
+                name,
+                (
+                    "no gradient reaches it, so that what reads it is not known"
+                    if called
+                    else "the network does not call it in eval mode: what else reads its weights is not known"
+                ),
+            )
+
+
+def _used(model: nn.Module, example: Tensor) -> tuple[dict[str, int], int]:
+    """How often each weight of a convolution or linear layer is used for one input, and the MACs of everything.
+
+    A weight is used once for each output position; the second count is torch's own, of whatever is called.
+    """
     positions: dict[str, int] = defaultdict(int)
     handles = []
     for name, module in model.named_modules():
@@ -297,8 +340,9 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
                 positions[f"{name}.weight"] += seen.numel() // channels
 
             handles.append(module.register_forward_hook(count))
-    with torch.no_grad():
-        model(example)
+    # with gradients: without them attention takes a path that the counter does not know
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        model(example.clone())
     for handle in handles:
         handle.remove()
-    return dict(positions)
+    return dict(positions), counter.get_total_flops() // 2

@@ -3,11 +3,14 @@
 import math
 import re
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -82,6 +85,46 @@ def test_given_weights_are_taken_as_they_are(tmp_path: Path) -> None:
 def test_a_target_beyond_reach_is_refused_with_the_most_that_can_go() -> None:
     with pytest.raises(UserError, match=r"at most 0\.\d{4}, which is what min_width = 3 leaves"):
         preflight(parse(TINY, ["episode.targets=[0.999]", "episode.min_width=3"]))
+
+
+@pytest.mark.parametrize(("measure", "width"), [("macs", 2), ("parameters", 200)])
+def test_work_that_is_not_counted_is_a_warning_where_targets_are_macs(
+    monkeypatch: pytest.MonkeyPatch, measure: str, width: int
+) -> None:
+    bring(monkeypatch, width)
+    said: list[str] = []
+    changes = ["network.factory=own:half_functional", f"episode.measure={measure}", "episode.targets=[0.2]"]
+    preflight(parse(TINY, changes), warn=said.append)
+    assert [line[:37] for line in said] == (
+        ["episode.measure = macs: 648 more MACs "[:37]] if measure == "macs" else []
+    )
+
+
+def test_macs_are_refused_where_most_of_them_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bring(monkeypatch, 200)
+    line = r"episode\.measure: expected parameters or bytes .*, got macs, though .* lie outside"
+    with pytest.raises(UserError, match=line):
+        preflight(parse(TINY, ["network.factory=own:half_functional", "episode.measure=macs"]))
+
+
+class HalfFunctional(torch.nn.Module):
+    """Two convolutions, and a third that is never called: a function takes its weight."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(1, 20, 3, padding=1), torch.nn.Conv2d(20, 20, 1)
+        self.classifier = torch.nn.Linear(20, classes)
+        self.third = torch.nn.Conv2d(1, width, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(torch.relu(self.second(torch.relu(self.first(images)))).mean((2, 3)))
+        return cast(torch.Tensor, logits + F.conv2d(images, self.third.weight).mean((1, 2, 3))[:, None])
+
+
+def bring(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Let `own:half_functional` make a HalfFunctional whose third convolution has so many filters."""
+    own = types.SimpleNamespace(half_functional=lambda *, channels, classes: HalfFunctional(width, classes))
+    monkeypatch.setitem(sys.modules, "own", own)  # type: ignore[arg-type]
 
 
 def test_a_baseline_has_no_teacher() -> None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE
+from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE, FunctionalCall
 
 from env.channels import ChannelPlan, adopt
 from env.errors import UserError
@@ -199,6 +199,36 @@ def test_what_cannot_be_pruned_safely_is_left_out_with_its_reason(name: str) -> 
     assert reason in plan.left_out[module]
     assert all(module not in layer.modules for layer in plan.layers)
     assert plan.units > 0  # the rest can still be pruned
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_lies_outside_the_modules_of_a_network_that_calls_them(name: str) -> None:
+    _, plan = made(name)
+    assert (plan.macs_outside, plan.share_outside, plan.uncounted) == (0, 0.0, "")
+
+
+def test_a_module_that_is_not_called_is_left_out_and_its_work_is_told() -> None:
+    network = FunctionalCall()
+    plan = ChannelPlan(network, EXAMPLE)
+    assert "does not call it in eval mode" in plan.left_out["second"]
+    assert plan.macs_outside == 8 * 6 * 9 * 36
+    assert int(plan.macs(plan.widths)) + plan.macs_outside == counted_macs(network, EXAMPLE)
+    assert f"15,552 more MACs ({plan.share_outside:.0%} of all) lie outside" in plan.uncounted
+
+
+def test_what_attention_does_lies_outside_too() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 1, batch_first=True)
+            self.classifier = nn.Linear(8, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            places = self.first(images).flatten(2).transpose(1, 2)
+            return self.classifier(self.attention(places, places, places)[0].mean(1))  # type: ignore[no-any-return]
+
+    plan = ChannelPlan(Attending(), EXAMPLE)
+    assert plan.macs_outside == 4 * 36 * 8 * 8 + 2 * 36 * 36 * 8  # projections in and out, both products of places
 
 
 def test_vgg16_has_one_layer_for_each_convolution() -> None:

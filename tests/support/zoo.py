@@ -267,6 +267,20 @@ class TrainingBranch(nn.Module):
         return cast(Tensor, self.classifier(torch.relu(self.second(maps)).mean((2, 3))))
 
 
+class FunctionalCall(nn.Module):
+    """A convolution that is never called: a function takes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3)
+        self.third = nn.Conv2d(6, 5, 1)
+        self.classifier = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(F.conv2d(torch.relu(self.first(images)), self.second.weight, self.second.bias))
+        return cast(Tensor, self.classifier(torch.relu(self.third(maps)).mean((2, 3))))
+
+
 class ComputedWeight(nn.Module):
     """A convolution whose weight is computed from two other parameters."""
 
