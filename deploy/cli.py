@@ -331,6 +331,18 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
             console.print(line, highlight=False, soft_wrap=True)
     for name, path in (("report", folder.report_html), ("picture", folder.frontier_png), ("models", folder.export)):
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    missing = _not_exported(folder, result)
+    if missing:
+        line = f"not among the models: {', '.join(missing)}; zeroout export {folder.path} says why"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _not_exported(folder: CampaignFolder, result: dict[str, Any]) -> list[str]:
+    """Names of the files that could not be written."""
+    from deploy.formats import FORMATS
+
+    names = [f"{point['target']}.{name}" for point in result["points"] for name in FORMATS]
+    return [name for name in names if not (folder.export / name).is_file()]
 
 
 def _print_limit(console: Console, result: dict[str, Any]) -> None:
