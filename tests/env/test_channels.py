@@ -231,6 +231,27 @@ def test_what_attention_does_lies_outside_too() -> None:
     assert plan.macs_outside == 4 * 36 * 8 * 8 + 2 * 36 * 36 * 8  # projections in and out, both products of places
 
 
+def test_channels_that_are_lost_from_sight_name_who_reads_and_who_is_tied() -> None:
+    class Lost(nn.Module):
+        """Channels gated by a convolution over their own means, and others that are halved by a GLU."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1)
+            self.halved, self.classifier = nn.Conv2d(8, 6, 1), nn.Linear(3, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = torch.relu(self.first(images))
+            gate = self.gate(maps.mean((2, 3))[:, None])[:, 0].sigmoid()
+            maps = F.glu(self.halved(maps * gate[:, :, None, None]), dim=1)
+            return self.classifier(maps.mean((2, 3)))  # type: ignore[no-any-return]
+
+    left_out = ChannelPlan(Lost(), EXAMPLE).left_out
+    assert left_out["first"].startswith("its channels cannot be followed to all that read them (gate, halved): ")
+    assert left_out["gate"].startswith("it is tied to first, whose channels cannot be followed to all that read them")
+    assert left_out["halved"].startswith("classifier reads its channels, but which is which is not known: on the way")
+
+
 def test_vgg16_has_one_layer_for_each_convolution() -> None:
     network, plan = made("vgg16")
     convolutions = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]

@@ -464,7 +464,11 @@ PRUNABLE: dict[str, Callable[[], nn.Module]] = {
 }
 #: Name -> how to make it, the first layer that is left out, a part of the reason.
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "joined with the input": (lambda: Joined(with_input=True), "first", "whose places are not known"),
+    "joined with the input": (
+        lambda: Joined(with_input=True),
+        "first",
+        "its channels cannot be followed to all that read them (second, third, past): on the way",
+    ),
     "bare parameter": (Scaled, "first", "a bare nn.Parameter"),
     "channel multiplier": (lambda: grouped(4, 8, 4), "0", "single channel in a group"),
     "halves read apart": (HalvesReadApart, "before", "does not run without some of its channels"),
