@@ -31,7 +31,7 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
         with contextlib.closing(connect(redis_url)) as client:
             check_server(client, redis_url)
     progress.stage("prepare", "images")
-    dataset = preflight(config, on_images=partial(progress.share, "images"))
+    dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
     folder = CampaignFolder.create(out, dump(config), _resolved)
     with folder.held():
         return _run(folder, config, dataset, redis_url=redis_url, progress=progress)

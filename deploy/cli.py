@@ -329,7 +329,9 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
     removed = f"{measure_name(result)} removed"
     table = Table("network", removed, "parameters", "MACs", "validation", "test", "test, change")
     table.add_row("baseline", "0.00 %", f"{base['parameters']:,}", f"{base['macs']:,}", *_accuracies(base), "")
-    for point in result["comparison"]:
+    # what max_drop found need not be among the first guesses
+    found = [point for point in result["points"] if point not in result["comparison"]]
+    for point in sorted([*result["comparison"], *found], key=lambda point: float(point["compression"])):
         mark = " *" if point in result["points"] else ""
         table.add_row(
             f"{point['group']} ({point['policy']}){mark}",
@@ -350,17 +352,28 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
             console.print(line, highlight=False, soft_wrap=True)
     for name, path in (("report", folder.report_html), ("picture", folder.frontier_png), ("models", folder.export)):
         console.print(f"{name}: {path}", highlight=False, soft_wrap=True)
+    missing = _not_exported(folder, result)
+    if missing:
+        line = f"not among the models: {', '.join(missing)}; zeroout export {folder.path} says why"
+        console.print(line, highlight=False, soft_wrap=True)
+
+
+def _not_exported(folder: CampaignFolder, result: dict[str, Any]) -> list[str]:
+    """Names of the files that could not be written."""
+    from deploy.formats import FORMATS
+
+    names = [f"{point['target']}.{name}" for point in result["points"] for name in FORMATS]
+    return [name for name in names if not (folder.export / name).is_file()]
 
 
 def _print_limit(console: Console, result: dict[str, Any]) -> None:
-    """What `max_drop` found: one network, which need not be in the table of the first guesses."""
+    """What `max_drop` found: one network, and why it is that."""
     asked = f"at most {result['max_drop']:g} points of validation accuracy were to be lost"
     console.print(f"{asked}: {result['limit']}", highlight=False, soft_wrap=True)
     for point in result["points"]:
         change = 100 * (point["test_accuracy"] - result["baseline"]["test_accuracy"])
-        line = (
-            f"chosen: {point['compression']:.2%} removed, {point['parameters']:,} parameters, test {change:+.2f} points"
-        )
+        removed = f"{point['compression']:.2%} removed, {point['parameters']:,} parameters"
+        line = f"* chosen: {removed}, test {change:+.2f} points"
         console.print(line, highlight=False, soft_wrap=True)
 
 

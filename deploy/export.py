@@ -7,7 +7,6 @@ For each point of result.json: a file of each format (deploy/formats.py), and a 
 import contextlib
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import torch
 from deploy.config import load
 from deploy.description import Origin, describe, task_of, write_description
 from deploy.folder import CampaignFolder, read_json
-from deploy.formats import FORMATS, Source, load_exported
+from deploy.formats import FORMATS, FixedBatchError, Source, load_exported
 from env.compact_file import form_of_file, network_from_file
 from env.data import Dataset
-from env.errors import UserError, ZerooutError
+from env.errors import UserError, ZerooutError, first_line
 from env.files import replace_file
 
 __all__ = ["export", "points_of"]
@@ -145,14 +144,7 @@ def _write_verified(path: Path, name: str, source: Source) -> Record:
     try:
         data = source.encode(name)
     except Exception as error:  # a user's own network makes torch's exporters raise nearly anything
-        raise _NotExportedError(
-            UserError(
-                f"export {path}",
-                expected=f"a network that {'torch.onnx' if name == 'onnx' else 'torch.export'} can write",
-                got=_first_line(error),
-                remedy="change what its forward does there, or do without this format: --format safetensors",
-            )
-        ) from error
+        raise _NotExportedError(_cannot_write(path, name, error)) from error
     with _disk_trouble_named(path), replace_file(path) as pending:
         pending.write_bytes(data)
         difference = _compare(pending, path, name, source)
@@ -163,6 +155,20 @@ def _write_verified(path: Path, name: str, source: Source) -> Record:
         "largest_difference": difference,
         "tolerance": f"{_TOLERANCE:g} of the largest logit, at least {_TOLERANCE:g}",
     }
+
+
+def _cannot_write(path: Path, name: str, error: Exception) -> UserError:
+    got, remedy = _first_line(error), "change what its forward does there"
+    writer = "torch.onnx" if name == "onnx" else "torch.export"
+    if isinstance(error, FixedBatchError):
+        got = "a forward that fixes how many there are"
+        remedy = "let it take their number from x.shape[0], not from len(x) or a number written out"
+    return UserError(
+        f"export {path}",
+        expected=f"a network that {writer} can write for any batch of images",
+        got=got,
+        remedy=f"{remedy}, or do without this format: --format safetensors",
+    )
 
 
 def _compare(pending: Path, path: Path, name: str, source: Source) -> float:
@@ -206,8 +212,7 @@ def _first_line(error: BaseException) -> str:
     """The kind and first line of the error at the root: exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
-    return f"{type(error).__name__}: {(plain.splitlines() or [''])[0][:200].strip()}"
+    return f"{type(error).__name__}: {first_line(error)[:200].strip()}"
 
 
 @contextlib.contextmanager

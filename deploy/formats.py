@@ -21,10 +21,14 @@ from torch import Tensor, nn
 
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 
-__all__ = ["FORMATS", "Source", "load_exported"]
+__all__ = ["FORMATS", "FixedBatchError", "Source", "load_exported"]
 
 FORMATS = ("safetensors", "onnx", "pt2")
 _TRACED_BATCH = 3  # images; torch takes 0 and 1 for fixed sizes
+
+
+class FixedBatchError(Exception):
+    """The network can be traced for one batch size only, and a file of that is of little use: none is made."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +53,31 @@ class Source:
             # weights with channels innermost in memory are quicker on a CPU, whatever layout images come in
             program = self._trace(network.to(memory_format=torch.channels_last))  # type: ignore[call-overload]
         except Exception:  # a forward with a `view` cannot have it; the second try says what else is wrong
-            program = self._trace(network.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
+            program = self._trace_plain(network.to(memory_format=torch.contiguous_format))  # type: ignore[call-overload]
         for module in program.graph_module.modules():
             for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # paths of this machine, in a file that is given away
         return program
 
-    def _trace(self, network: nn.Module) -> torch.export.ExportedProgram:
-        batch = torch.export.Dim("batch", min=1)
+    def _trace_plain(self, network: nn.Module) -> torch.export.ExportedProgram:
+        """The program; FixedBatchError where it is only the free batch size that makes tracing fail."""
+        try:
+            return self._trace(network)
+        except Exception:
+            try:
+                self._trace(network, any_batch=False)
+            except Exception:  # it is something else: what the first try said stands
+                fixed = False
+            else:
+                fixed = True
+            if not fixed:
+                raise
+        raise FixedBatchError
+
+    def _trace(self, network: nn.Module, *, any_batch: bool = True) -> torch.export.ExportedProgram:
+        shapes = ({0: torch.export.Dim("batch", min=1)},) if any_batch else None
         with torch.no_grad():
-            return torch.export.export(network, (self.images(_TRACED_BATCH),), dynamic_shapes=({0: batch},))
+            return torch.export.export(network, (self.images(_TRACED_BATCH),), dynamic_shapes=shapes)
 
     def encode(self, name: str) -> bytes:
         """The network as a file of this format; any error of torch's exporters passes through."""

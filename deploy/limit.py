@@ -138,8 +138,12 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float
 def _reason(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any] | None, *, stuck: bool) -> str:
     lost = "nothing but the baseline holds"
     if low is not None:
-        lost = f"{low['compression']:.2%} removed loses {recovery.drop(low):.2f} points"
+        lost = f"{low['compression']:.2%} removed {_change(recovery.drop(low))} points"
     if high is None:
         return f"{lost}; that is the highest of episode.targets: raise it to go further"
     between = "; no filters allow a step between" if stuck else ""
-    return f"{lost}, {high['compression']:.2%} loses {recovery.drop(high):.2f}{between}"
+    return f"{lost}, {high['compression']:.2%} {_change(recovery.drop(high))}{between}"
+
+
+def _change(drop: float) -> str:
+    return f"{'gains' if drop < 0 else 'loses'} {abs(drop):.2f}"

@@ -28,6 +28,8 @@ class NetworkReport:
         """One line: sizes, filters, and how much can go at most."""
         costs = self.plan.costs(self.plan.widths)
         sizes = f"{costs['parameters']:,} parameters, {costs['macs']:,} MACs, {costs['bytes']:,} bytes"
+        if self.plan.uncounted:
+            sizes += f"; {self.plan.uncounted}"
         if not self.plan.units:
             return f"{sizes}; nothing can be pruned"
         min_width = EpisodeConfig().min_width

@@ -1,5 +1,6 @@
 """The first stage: data and the baseline network. Its product is the folder `baseline/`."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -26,6 +27,9 @@ from env.training import TrainConfig, train
 
 __all__ = ["Baseline", "default_device", "preflight", "prepare", "train_shown"]
 
+_LOG = logging.getLogger(__name__)
+_MOSTLY = 0.5  # of all multiply-accumulates outside what is counted: a share of the rest would say little
+
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
@@ -46,10 +50,15 @@ def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def preflight(config: CampaignConfig, *, on_images: Callable[[int, int], None] | None = None) -> Dataset:
+def preflight(
+    config: CampaignConfig,
+    *,
+    on_images: Callable[[int, int], None] | None = None,
+    warn: Callable[[str], object] = _LOG.warning,
+) -> Dataset:
     """Load the images and try the network on paper, so that a mistake shows before a folder is made.
 
-    `on_images(done, total)` is called while images are decoded or downloaded.
+    `on_images(done, total)` is called while images are decoded or downloaded, `warn` with what is odd but can be done.
 
     Raises:
         UserError: anything wrong with the images, the network, its weights, or a target that cannot be reached.
@@ -66,7 +75,6 @@ def preflight(config: CampaignConfig, *, on_images: Callable[[int, int], None] |
     for size in (config.baseline.batch_size, config.episode.batch_size, config.recovery.batch_size):
         require_batch(dataset, size)
     pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
-    measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
     example = torch.zeros(1, *dataset.image_shape)
     plan = ChannelPlan(pruned, example)
     count_logits(pruned.train(), example.expand(2, -1, -1, -1), batch=2)  # which may answer otherwise than in eval mode
@@ -77,10 +85,26 @@ def preflight(config: CampaignConfig, *, on_images: Callable[[int, int], None] |
             got=str(plan.outputs),
             remedy="let the factory use classes=",
         )
+    if config.episode.measure == "macs":
+        _check_macs(plan, warn)
+    measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
     return dataset
+
+
+def _check_macs(plan: ChannelPlan, warn: Callable[[str], object]) -> None:
+    """UserError where a share of the MACs that can be counted would say little; a warning where it says less."""
+    if plan.share_outside > _MOSTLY:
+        raise UserError(
+            "episode.measure",
+            expected="parameters or bytes for this network",
+            got=f"macs, though {plan.uncounted}",
+            remedy="measure something else, or let its forward call modules (nn.Conv2d, nn.Linear)",
+        )
+    if plan.uncounted:
+        warn(f"episode.measure = macs: {plan.uncounted}; targets are shares of the rest")
 
 
 def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, progress: Progress) -> Baseline:
@@ -203,8 +227,6 @@ def train_shown(
             on_batch=partial(progress.batch, name),
         )
     except NonFiniteError as error:
-        removal = f", remove {checkpoint}" if checkpoint.is_file() else ""
         raise NonFiniteError(
-            f"{name}: {error}. To go on: change that in {folder.campaign_toml}{removal}, "
-            f"and zeroout resume {folder.path}"
+            f"{name}: {error}. To go on: change that in {folder.campaign_toml}, and zeroout resume {folder.path}"
         ) from error

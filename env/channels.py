@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from env.errors import UserError
+from env.errors import UserError, first_line
 from env.groups import (
     CONVOLUTIONS,
     NORMS,
@@ -30,15 +31,13 @@ from env.groups import (
     places,
     touched,
 )
-from env.zero_out import attach_zero_out
+from env.trials import find_broken
 
 __all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt"]
 
 #: What compression can be counted in; each is a method of ChannelPlan.
 MEASURES = ("parameters", "macs", "bytes")
-#: Masked and compact may differ by this share of what the mask changes, or by so many roundings of the largest logit.
-_TOLERANCE, _ROUNDING = 1e-4, 100.0
-_TRIALS = 3  # of random masks
+_HARDLY = 0.01  # of all multiply-accumulates: what lies outside the modules is not worth a word
 _DICTS = (dict, OrderedDict)
 
 
@@ -68,6 +67,8 @@ class ChannelPlan:
         layer_of: int64 [F], the layer of each unit.
         left_out: module name -> why it is not pruned.
         outputs: how many logits the network returns for an image.
+        macs_outside: multiply-accumulates of the full network outside the convolutions and linear layers that it calls
+            (functional calls, products of maps); no measure counts them.
 
     Raises:
         UserError: the network cannot be copied, run or traced, or does not return logits [1, outputs].
@@ -80,16 +81,19 @@ class ChannelPlan:
             self.outputs = count_logits(model, example.clone())
             groups, self.left_out = find_groups(model, example.clone())
         self._assign(model, groups)
-        broken = _broken(self, model, example)
+        broken = find_broken(self, model, example)
         for layer, reason in broken.items():
             self.left_out.update(dict.fromkeys(self.layers[layer].modules, reason))
         if broken:
             self._assign(model, [group for layer, group in enumerate(groups) if layer not in broken])
+        positions, all_macs = _used(model, example)
+        self.left_out.update(_unnamed(model, self.layers, self.left_out, positions))
         tensors: dict[str, Tensor] = dict(model.named_parameters())
         self._costs = {
             "parameters": self._cost(dict.fromkeys(tensors, 1), tensors),
-            "macs": self._cost(_positions(model, example), _weights(model)),
+            "macs": self._cost(positions, _weights(model)),
         }
+        self.macs_outside = max(0, all_macs - int(self.macs(self.widths)))
         tensors |= dict(model.named_buffers())
         self._costs["bytes"] = self._cost({name: t.element_size() for name, t in tensors.items()}, tensors)
 
@@ -140,6 +144,21 @@ class ChannelPlan:
     def costs(self, kept: Tensor) -> dict[str, int]:
         """All of `MEASURES` for one state, int64 [L] units kept."""
         return {measure: int(self.cost(measure, kept)) for measure in MEASURES}
+
+    @property
+    def share_outside(self) -> float:
+        """`macs_outside` as a share of all multiply-accumulates of the full network."""
+        return self.macs_outside / max(1, self.macs_outside + int(self.macs(self.widths)))
+
+    @property
+    def uncounted(self) -> str:
+        """A clause on the multiply-accumulates that no measure counts; "" where they hardly matter."""
+        if self.share_outside < _HARDLY:
+            return ""
+        return (
+            f"{self.macs_outside:,} more MACs ({self.share_outside:.0%} of all) lie outside the convolutions and "
+            "linear layers that it calls, and are not counted"
+        )
 
     def compact(self, network: nn.Module, keep_mask: Tensor, have: Tensor | None = None) -> nn.Module:
         """Return a copy of `network` in which the units outside `keep_mask` are really gone.
@@ -268,75 +287,6 @@ def _owners(model: nn.Module, groups: Sequence[Group], layers: Sequence[Layer]) 
     return dict(owners)
 
 
-def _broken(plan: ChannelPlan, model: nn.Module, example: Tensor) -> dict[int, str]:
-    """Layers that cannot be pruned after all: index -> why, found by trying.
-
-    The graph does not see everything (a reshape that mixes channels, a mean over them, a function that is not 0 at 0).
-    So random units are taken out and silenced, and the two networks must agree.
-    """
-    with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
-        model = _perturbed(model)
-        images = torch.randn(2, *example.shape[1:], device=example.device, dtype=torch.float64)
-        try:
-            model(images)
-        except Exception:  # a forward that insists on float32
-            model, images = model.float(), images.float()
-        layers = range(len(plan.layers))
-        if _disagreement(plan, model, images, layers) is None:
-            return {}
-        sound: list[int] = []
-        broken: dict[int, str] = {}
-        for layer in layers:
-            reason = _disagreement(plan, model, images, [*sound, layer])
-            if reason is None:
-                sound.append(layer)
-            else:
-                broken[layer] = reason
-    return broken
-
-
-def _disagreement(plan: ChannelPlan, model: nn.Module, images: Tensor, layers: Sequence[int]) -> str | None:
-    """How masked and compact differ where random shares of these layers are taken out, or None.
-
-    Each layer loses a share of its own: layers that must stay alike would not show otherwise.
-    """
-    full = model(images)
-    for _ in range(_TRIALS):
-        keep_mask = torch.ones(plan.units, dtype=torch.bool)
-        for layer in (plan.layers[index] for index in layers):
-            going = torch.randperm(layer.units)[: int(torch.randint(1, max(layer.units, 2), ()))]
-            keep_mask[layer.first + going[: layer.units - 1]] = False
-        masked = copy.deepcopy(model)
-        attach_zero_out(masked, plan, keep_mask)
-        try:
-            silenced = masked(images)
-            compact = plan.compact(model, keep_mask)(images)
-        except Exception as error:  # whatever a forward raises that counts on its channels
-            return f"the network does not run without some of its channels ({(str(error).splitlines() or [''])[0]})"
-        if compact.shape != silenced.shape or not _alike(compact, silenced, full):
-            return "taking its channels out is not the same as silencing them: something past it mixes them otherwise"
-    return None
-
-
-def _alike(compact: Tensor, silenced: Tensor, full: Tensor) -> bool:
-    """Whether they differ by no more than rounding, which is small beside what silencing changes."""
-    rounding = _ROUNDING * torch.finfo(full.dtype).eps * full.abs().max()
-    return bool((compact - silenced).abs().max() <= torch.maximum(_TOLERANCE * (silenced - full).abs().max(), rounding))
-
-
-def _perturbed(model: nn.Module) -> nn.Module:
-    """A copy in which nothing is exactly 0 or 1, so that no shift or scale of a fresh network hides a mistake."""
-    model = copy.deepcopy(model).double()  # so that little differences are not taken for rounding
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if tensor.is_floating_point() and tensor.numel():
-            tensor.mul_(torch.rand_like(tensor) + 0.5)
-            if not name.endswith("running_var"):  # which stays positive
-                scale = tensor.square().mean().sqrt()
-                tensor.add_(torch.randn_like(tensor), alpha=0.1 * float(scale or 1.0))
-    return model
-
-
 def _copied(network: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(network)
@@ -344,7 +294,7 @@ def _copied(network: nn.Module) -> nn.Module:
         raise UserError(
             f"network {type(network).__name__}",
             expected="a network that copy.deepcopy can copy",
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             remedy="use torch.nn.utils.parametrizations instead of the old weight_norm, or mend its state",
         ) from error
 
@@ -354,8 +304,29 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": m.weight for name, m in model.named_modules() if isinstance(m, PRODUCERS)}
 
 
-def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
-    """How often each weight of a convolution or linear layer is used for one input: output positions."""
+def _unnamed(
+    model: nn.Module, layers: Sequence[Layer], left_out: Mapping[str, str], positions: Mapping[str, int]
+) -> Iterator[tuple[str, str]]:
+    """(module, reason) for each convolution and linear layer that the graph does not show at all."""
+    named = {module for layer in layers for module in layer.modules} | set(left_out)
+    for name, module in model.named_modules():
+        if isinstance(module, PRODUCERS) and name not in named:
+            called = f"{name}.weight" in positions
+            yield (
+                name,
+                (
+                    "no gradient reaches it, so that what reads it is not known"
+                    if called
+                    else "the network does not call it in eval mode: what else reads its weights is not known"
+                ),
+            )
+
+
+def _used(model: nn.Module, example: Tensor) -> tuple[dict[str, int], int]:
+    """How often each weight of a convolution or linear layer is used for one input, and the MACs of everything.
+
+    A weight is used once for each output position; the second count is torch's own, of whatever is called.
+    """
     positions: dict[str, int] = defaultdict(int)
     handles = []
     for name, module in model.named_modules():
@@ -369,8 +340,9 @@ def _positions(model: nn.Module, example: Tensor) -> dict[str, int]:
                 positions[f"{name}.weight"] += seen.numel() // channels
 
             handles.append(module.register_forward_hook(count))
-    with torch.no_grad():
-        model(example)
+    # with gradients: without them attention takes a path that the counter does not know
+    with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+        model(example.clone())
     for handle in handles:
         handle.remove()
-    return dict(positions)
+    return dict(positions), counter.get_total_flops() // 2

@@ -35,6 +35,7 @@ from env.training import TrainConfig, train
 
 __all__ = ["CompressionEnv", "EpisodeConfig", "TargetReached", "make_compression", "unreachable"]
 
+_WHY = "zeroout doctor --model"  # what shows why a layer cannot be pruned
 _REWARDS = ("terminal", "accuracy", "difference")
 
 
@@ -362,7 +363,14 @@ def _default_recognizer() -> Recognizer:
 
 
 def unreachable(plan: ChannelPlan, measure: Measure, config: EpisodeConfig) -> UserError | None:
-    """The error to raise when the highest target asks for more than `min_width` lets go, else None."""
+    """The error to raise when nothing can be pruned, or less than the highest target asks for; else None."""
+    if not plan.units:
+        return UserError(
+            "the network",
+            expected="at least one layer whose filters can be taken out",
+            got="none, whatever the target",
+            remedy=f"{_WHY} says why for each layer",
+        )
     least = torch.minimum(plan.widths, torch.tensor(config.min_width))
     most = float(measure.compression(plan, least))
     if config.targets[-1] <= most:
@@ -371,5 +379,5 @@ def unreachable(plan: ChannelPlan, measure: Measure, config: EpisodeConfig) -> U
         "episode.targets",
         expected=f"at most {most:.4f}, which is what min_width = {config.min_width} leaves to remove",
         got=repr(config.targets[-1]),
-        remedy="lower the target or episode.min_width",
+        remedy=f"lower the target or episode.min_width; {_WHY} lists the layers and what is left out",
     )

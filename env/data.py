@@ -9,7 +9,7 @@ images are looked at once.
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from env.cifar import CIFAR10, find_archive, read_cifar10
 from env.errors import UserError
-from env.images import read_folder, require_memory
+from env.images import read_folder, require_memory, shown, training_folder
 from env.splits import Split, draw_share, shuffled, take_turns
 
 __all__ = [
@@ -160,13 +160,14 @@ def load_dataset(config: DataConfig, *, progress: _Progress | None = None) -> Da
     """
     classes, pool, test = _read(config, progress or (lambda done, total: None))
     _check_pixels(config, pool)
+    named = _named(config, classes)
     # Indices are drawn first and images copied once: they may be hundreds of megabytes.
     generator = torch.Generator().manual_seed(config.split_seed)
     rest = torch.arange(len(pool))
     if test is None:
-        rest, drawn = draw_share(rest, pool.labels, config.test_share, generator, classes)
+        rest, drawn = draw_share(rest, pool.labels, config.test_share, generator, named)
         test = pool.take(drawn)
-    rest, validation = draw_share(rest, pool.labels, config.validation_share, generator, classes)
+    rest, validation = draw_share(rest, pool.labels, config.validation_share, generator, named)
     if config.train_limit:
         _check_limit(config.train_limit, len(classes))
         rest = rest[take_turns(pool.labels[rest], generator)[: config.train_limit]]
@@ -206,6 +207,14 @@ def _read(config: DataConfig, progress: _Progress) -> tuple[tuple[str, ...], Spl
         return classes, _resized(pool, config.image_size), _resized(test, config.image_size)
     root = Path(os.path.expanduser(config.path))
     return read_folder(root, image_size=config.image_size, cache=cache, progress=progress)
+
+
+def _named(config: DataConfig, classes: Sequence[str]) -> Sequence[str]:
+    """The classes as messages name them: each with its folder, where it has one."""
+    if config.source != "folder":
+        return classes
+    inner = training_folder(Path(os.path.expanduser(config.path)))
+    return [f"{name} in {shown(inner / name)}" for name in classes]
 
 
 def _digits() -> tuple[tuple[str, ...], Split]:

@@ -5,7 +5,9 @@ ZerooutError
 └── NonFiniteError   a loss or gradient that is NaN or infinite; the last good state is kept
 """
 
-__all__ = ["NonFiniteError", "UserError", "ZerooutError"]
+import re
+
+__all__ = ["NonFiniteError", "UserError", "ZerooutError", "first_line"]
 
 
 class ZerooutError(Exception):
@@ -32,3 +34,8 @@ def _rebuild_user_error(what: str, expected: str, got: str, remedy: str) -> User
 
 class NonFiniteError(ZerooutError):
     """A loss or gradient became NaN or infinite."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, in a line and without colours; empty where it says nothing."""
+    return (re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines() or [""])[0].strip()

@@ -14,7 +14,7 @@ from typing import TypeGuard
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from env.errors import UserError
+from env.errors import UserError, first_line
 
 __all__ = [
     "CONVOLUTIONS",
@@ -87,11 +87,11 @@ def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[st
     doubtful = _doubtful(traced, model)
     sound, left_out = [], {}
     for group, reason in traced:
-        unsure = next((m.module for m in group.members if (m.module, m.output) in doubtful), None)
-        if not reason and unsure is not None:
-            reason = f"{unsure} reads channels whose places are not known (from the input, or mixed on the way)"
+        unsure = next((m for m in group.members if (m.module, m.output) in doubtful), None)
         if reason:
             left_out.update(dict.fromkeys(group.producers, reason))
+        elif unsure is not None:
+            left_out.update({producer: _lost_track(producer, unsure, group) for producer in group.producers})
         else:
             sound += _parted(group)
     return sorted(sound, key=lambda group: order[group.producers[0]]), left_out
@@ -119,7 +119,7 @@ def _cannot_run(model: nn.Module, example: Tensor, error: Exception) -> UserErro
     return UserError(
         f"network {type(model).__name__}",
         expected=f"a forward that takes float32 {list(example.shape)} and returns logits",
-        got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        got=f"{type(error).__name__}: {first_line(error)}",
         remedy="give images of the size and channels it is made for, or mend its forward",
     )
 
@@ -243,6 +243,17 @@ def _doubtful(traced: list[tuple[Group, str | None]], model: nn.Module) -> set[t
         for _, _, size in touched(module, member):
             seen[member.module, member.output, size].update(places(module, member, size))
     return {(module, output) for (module, output, size), channels in seen.items() if channels != set(range(size))}
+
+
+def _lost_track(producer: str, unsure: Member, group: Group) -> str:
+    """Why `producer` is left out where the channels of one side of a module of its group are not all known."""
+    how = "on the way they are reshaped, split, repeated, mixed, or joined with the image's"
+    if not unsure.output:
+        return f"{unsure.module} reads its channels, but which is which is not known: {how}"
+    readers = list(dict.fromkeys(member.module for member in group.members if not member.output))
+    shown = ", ".join(readers[:4]) + (", ..." if len(readers) > 4 else "")
+    whose = "its channels" if unsure.module == producer else f"it is tied to {unsure.module}, whose channels"
+    return f"{whose} cannot be followed to all that read them ({shown}): {how}"
 
 
 def places(module: nn.Module, member: Member, size: int) -> list[int]:

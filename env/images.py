@@ -27,7 +27,7 @@ from env.errors import UserError
 from env.files import replace_file
 from env.splits import Split
 
-__all__ = ["read_folder", "require_memory", "shown"]
+__all__ = ["read_folder", "require_memory", "shown", "training_folder"]
 
 _LOG = logging.getLogger(__name__)
 _Progress = Callable[[int, int], None]
@@ -62,7 +62,7 @@ def read_folder(
             file that is no whole image, images of several sizes, or more images than the machine has memory.
 
     """
-    inner = root / "train" if _is_folder(root / "train") else root
+    inner = training_folder(root)
     train = _scan(inner)
     classes = tuple(train)
     test = _scan(root / "test") if inner != root and _is_folder(root / "test") else {}
@@ -78,6 +78,11 @@ def read_folder(
     images = _decode_once(root, files, image_size, cache, progress)
     count = sum(len(folder) for folder in train.values())
     return classes, Split(images[:count], _labels(train)), Split(images[count:], _labels(test)) if test else None
+
+
+def training_folder(root: Path) -> Path:
+    """Where the folders of the classes lie that are trained with."""
+    return root / "train" if _is_folder(root / "train") else root
 
 
 def require_memory(count: int, channels: int, height: int, width: int) -> None:

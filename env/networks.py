@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from env.data import check_fields
-from env.errors import UserError
+from env.errors import UserError, first_line
+from env.groups import module_tensors
 from env.skips import add_skip_convolutions
+from env.weights import fill, read_weights
 
 __all__ = [
     "NetworkConfig",
@@ -29,8 +31,6 @@ __all__ = [
     "ResidualBlock",
     "SequentialNetwork",
     "build_network",
-    "load_weights",
-    "read_weights",
     "resnet18",
     "resnet34",
     "resnet56",
@@ -213,107 +213,8 @@ def build_network(config: NetworkConfig, *, channels: int, classes: int, seed: i
     if config.weights:
         started = network.state_dict()
         identities = {f"{name}.weight": started[f"{name}.weight"] for name in added}
-        _fill(network, {**identities, **read_weights(Path(config.weights))}, Path(config.weights))
+        fill(network, {**identities, **read_weights(Path(config.weights))}, Path(config.weights))
     return network
-
-
-def load_weights(network: nn.Module, path: Path | str) -> None:
-    """Copy the state dict in `path` into `network`; every name and shape must agree.
-
-    UserError names the first missing, the first unexpected and the first misshapen entry.
-    """
-    _fill(network, read_weights(Path(path)), Path(path))
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The state dict stored in `path` (.safetensors; else torch.load with weights_only=True), on the CPU.
-
-    A dict that holds the state under "state_dict" is looked into. UserError for a file that is missing,
-    unreadable, or holds anything but finite tensors by name.
-    """
-    if not path.is_file():
-        got = "a folder" if path.is_dir() else "no such file"
-        raise UserError(f"weights {path}", expected="a file", got=got, remedy="correct network.weights")
-    try:
-        state = load_file(path) if path.suffix == ".safetensors" else _load_pickled(path)
-    except Exception as error:  # foreign bytes make torch's unpickler raise nearly anything
-        raise UserError(
-            f"weights {path}",
-            expected="a readable state dict (.safetensors, or written by torch.save)",
-            got=f"{type(error).__name__}{_said(error)}",
-            remedy="save it again with torch.save(network.state_dict(), path)",
-        ) from error
-    _check_entries(state, path)
-    return state
-
-
-def _said(error: Exception) -> str:
-    """What an error says, in short; not torch's advice to load pickles that may run code."""
-    text = (str(error).splitlines() or [""])[0]
-    return "" if "weights_only" in text else f": {text}"
-
-
-def _load_pickled(path: Path) -> dict[str, Tensor]:
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]
-    if not isinstance(loaded, dict):
-        raise ValueError(f"holds a {type(loaded).__name__}, not a dict")
-    return dict(loaded)
-
-
-def _check_entries(state: Mapping[str, object], path: Path) -> None:
-    for name, value in state.items():
-        if not isinstance(value, Tensor):
-            problem = f"a {type(value).__name__}"
-        elif value.layout != torch.strided or value.is_complex():
-            problem = f"a tensor that is {'complex' if value.is_complex() else value.layout}"
-        elif value.is_floating_point() and not bool(value.isfinite().all()):
-            problem = "values that are NaN or infinite"
-        else:
-            continue
-        raise UserError(
-            f"weights {path}, entry {name}",
-            expected="a tensor of finite numbers",
-            got=problem,
-            remedy="give the state dict of a sound training",
-        )
-
-
-def _fill(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    wanted = network.state_dict()
-    missing = [name for name in wanted if name not in state]
-    unexpected = [name for name in state if name not in wanted]
-    misshapen = [name for name in wanted if name in state and not _fits(state[name], wanted[name])]
-    if not (missing or unexpected or misshapen):
-        network.load_state_dict(state)
-        return
-    found = []
-    if missing:
-        found.append(f"{len(missing)} missing (first {missing[0]})")
-    if unexpected:
-        wrapped = (
-            "; saved from a DataParallel network" if all(name.startswith("module.") for name in unexpected) else ""
-        )
-        found.append(f"{len(unexpected)} unexpected (first {unexpected[0]}{wrapped})")
-    if misshapen:
-        name = misshapen[0]
-        shapes = f"{_kind(state[name])} for {_kind(wanted[name])}"
-        found.append(f"{len(misshapen)} misshapen (first {name}: {shapes})")
-    raise UserError(
-        f"weights {path}",
-        expected=f"the {len(wanted)} entries of {type(network).__name__}",
-        got=", ".join(found),
-        remedy="give weights of the same network, width, channels and classes",
-    )
-
-
-def _fits(given: Tensor, wanted: Tensor) -> bool:
-    return given.shape == wanted.shape and given.is_floating_point() == wanted.is_floating_point()
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{'' if tensor.is_floating_point() else 'whole numbers '}{list(tensor.shape)}"
 
 
 def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
@@ -342,7 +243,7 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
         raise UserError(
             "network.factory",
             expected=f"a network for {channels} channels and {classes} classes from {factory}",
-            got=f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+            got=f"{type(error).__name__}: {first_line(error)}",
             remedy="mend the factory",
         ) from error
     if not isinstance(network, nn.Module):
@@ -352,7 +253,28 @@ def _call_factory(factory: str, *, channels: int, classes: int) -> nn.Module:
             got=f"a {type(network).__name__} from {factory}",
             remedy="return the network itself",
         )
+    _check_plain(network, factory)
     return network
+
+
+def _check_plain(network: nn.Module, factory: str) -> None:
+    """UserError where the filters of a module cannot be read or taken out, whatever the network is."""
+    for name, module in network.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            found, remedy = "which torch.jit made", "return the module without torch.jit"
+        elif "_orig_mod" in module._modules:
+            found, remedy = "which torch.compile made", "return the module without torch.compile"
+        elif any(is_lazy(tensor) for tensor in module_tensors(module).values()):
+            found = "whose parameters have no sizes yet"
+            remedy = "give the sizes, or run it once on images of zeros in the factory"
+        else:
+            continue
+        raise UserError(
+            "network.factory",
+            expected=f"a plain torch.nn.Module from {factory}",
+            got=f"{f'{type(module).__name__} {name}'.strip()}, {found}",
+            remedy=remedy,
+        )
 
 
 def _scaled(channels: int, width: float) -> int:

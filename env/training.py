@@ -92,8 +92,9 @@ def train(
     (same device and classes) sees the same images, in eval mode, where it stays. With `config.average` it is the
     averaged weights that are validated and that end in `network`. With `checkpoint`, a file, every epoch is kept, and a
     call with the same arguments goes on where the last one ended: in float32 with the same number of threads, bit for
-    bit as if it had not been interrupted. A broken checkpoint is logged and training starts again. `on_batch` is called
-    at most once a second. Messages call the configuration `section`.
+    bit as if it had not been interrupted. It may also go on with another learning rate, warm-up or precision, which is
+    logged. A broken checkpoint is logged and training starts again. `on_batch` is called at most once a second.
+    Messages call the configuration `section`.
 
     Raises:
         NonFiniteError: the loss or a weight is not finite; names epoch, learning rate and what to try. The last
@@ -250,7 +251,9 @@ def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteErr
     attempts = [f"a lower {name}.learning_rate", f"a longer {name}.warmup_share"]
     if run.config.precision != "float32":
         attempts.append(f"{name}.precision float32")
-    kept = f"; the state after epoch {run.epoch} is kept in {checkpoint}" if checkpoint and run.epoch else ""
+    kept = ""
+    if checkpoint and run.epoch:
+        kept = f"; the state after epoch {run.epoch} is kept in {checkpoint}, and training goes on from there"
     return NonFiniteError(
         f"training: loss or weights are not finite in epoch {run.epoch + 1} at learning rate {rate:g}; "
         f"try {', '.join(attempts[:-1])} or {attempts[-1]}{kept}"

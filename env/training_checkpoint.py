@@ -1,5 +1,7 @@
 """The checkpoint of a whole training: one file, replaced after each epoch, from which only the same training goes on.
 
+Its learning rate, warm-up and precision may be changed on the way, for a training whose loss became NaN or infinite.
+
 Called by `env/training.py`.
 """
 
@@ -23,6 +25,8 @@ from env.files import replace_file
 __all__ = ["Checkpoint", "Resumable"]
 
 _LOG = logging.getLogger(__name__)
+#: Settings that a training may go on with changed: what is tried after a loss that is not finite.
+_FREE = ("train.learning_rate", "train.warmup_share", "train.precision")
 
 
 class Resumable(Protocol):
@@ -81,7 +85,7 @@ class Checkpoint:
     def restore(self, training: Resumable) -> None:
         """Bring `training` to where it was saved, or leave it as it is where nothing was, or the file is broken.
 
-        A broken file is logged; UserError when it is of another training.
+        A broken file is logged, and so is a setting that is changed; UserError when it is of another training.
         """
         if not self._path.exists():
             return
@@ -99,14 +103,20 @@ class Checkpoint:
     def _check(self, stored: Mapping[str, str]) -> None:
         # A field that is younger than the checkpoint stood at its default, which changes nothing.
         known = {**self._defaults, **stored}
-        for name, wanted in self._identity.items():
-            if known.get(name) != wanted:
+        changed = {name: wanted for name, wanted in self._identity.items() if known.get(name) != wanted}
+        for name in sorted(changed, key=lambda name: name in _FREE):  # what is refused comes first
+            before, wanted = _short(known.get(name, "nothing")), _short(changed[name])
+            shown = name.replace("train.", f"{self._section}.")
+            if name not in _FREE:
                 raise UserError(
                     f"checkpoint {self._path}",
-                    expected=f"this training, with {name.replace('train.', f'{self._section}.')} {_short(wanted)}",
-                    got=_short(known.get(name, "nothing")),
+                    expected=f"this training, with {shown} {wanted}",
+                    got=before,
                     remedy="remove that file to train anew, or set the former value again",
                 )
+            _LOG.warning(
+                "checkpoint %s: training goes on with %s %s, before it was %s", self._path, shown, wanted, before
+            )
 
 
 def _fields(config: Any) -> dict[str, str]:

@@ -177,6 +177,15 @@ def test_a_network_is_listed_with_what_is_left_out_and_why(monkeypatch: pytest.M
     assert [line.split()[1:6:2] for line in shown.splitlines() if "after" in line] == [["after", "6", share]]
 
 
+def test_work_that_is_not_counted_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def model() -> NetworkReport:
+        network = zoo.FunctionalCall()
+        return NetworkReport(network, ChannelPlan(network, zoo.EXAMPLE))
+
+    _, lines = only(monkeypatch, "model", lambda: doctor._model(model, Console(file=io.StringIO())))
+    assert "bytes; 15,552 more MACs (51% of all) lie outside the convolutions and linear layers that it" in lines[0]
+
+
 def test_a_network_that_cannot_be_built_or_pruned_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown() -> NetworkReport:
         return look_at(NetworkConfig(name="vgg99"), channels=3, classes=4, image_size=8)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from finished_campaign import TINY, brought, finished, no_failures
+from rich.console import Console
 
 from deploy import cli
 from deploy.export import export
@@ -48,6 +49,25 @@ def test_a_network_that_no_program_can_be_traced_of_is_written_as_safetensors(
         assert "data-dependent" in line
         assert "\n" not in line
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_forward_that_fixes_the_number_of_images_is_told_with_what_to_change(tmp_path: Path) -> None:
+    failures: list[ZerooutError] = []
+    paths = export(finished(tmp_path / "out", brought("counting")), warn=failures.append)
+    assert [path.name for path in paths] == ["0.5.safetensors"]
+    assert len(failures) == 2
+    for failure in failures:
+        assert "for any batch of images, got a forward that fixes how many there are; " in str(failure)
+        assert "from x.shape[0], not from len(x)" in str(failure)
+
+
+def test_a_campaign_ends_with_the_files_that_are_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = finished(tmp_path / "out", brought("counting"))
+    export(folder)
+    result = json.loads(folder.result_json.read_text())
+    cli._print_result(Console(width=200), folder, {**result, "measure": "parameters", "comparison": result["points"]})
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == f"not among the models: 0.5.onnx, 0.5.pt2; zeroout export {folder.path} says why"
 
 
 def test_the_command_tells_what_it_could_not_write_and_does_not_end_with_0(

@@ -1,12 +1,16 @@
 """The baseline: trained or loaded once, counted as the user gave it."""
 
+import math
 import re
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from safetensors.torch import save_file
 
@@ -83,6 +87,46 @@ def test_a_target_beyond_reach_is_refused_with_the_most_that_can_go() -> None:
         preflight(parse(TINY, ["episode.targets=[0.999]", "episode.min_width=3"]))
 
 
+@pytest.mark.parametrize(("measure", "width"), [("macs", 2), ("parameters", 200)])
+def test_work_that_is_not_counted_is_a_warning_where_targets_are_macs(
+    monkeypatch: pytest.MonkeyPatch, measure: str, width: int
+) -> None:
+    bring(monkeypatch, width)
+    said: list[str] = []
+    changes = ["network.factory=own:half_functional", f"episode.measure={measure}", "episode.targets=[0.2]"]
+    preflight(parse(TINY, changes), warn=said.append)
+    assert [line[:37] for line in said] == (
+        ["episode.measure = macs: 648 more MACs "[:37]] if measure == "macs" else []
+    )
+
+
+def test_macs_are_refused_where_most_of_them_cannot_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    bring(monkeypatch, 200)
+    line = r"episode\.measure: expected parameters or bytes .*, got macs, though .* lie outside"
+    with pytest.raises(UserError, match=line):
+        preflight(parse(TINY, ["network.factory=own:half_functional", "episode.measure=macs"]))
+
+
+class HalfFunctional(torch.nn.Module):
+    """Two convolutions, and a third that is never called: a function takes its weight."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.first, self.second = torch.nn.Conv2d(1, 20, 3, padding=1), torch.nn.Conv2d(20, 20, 1)
+        self.classifier = torch.nn.Linear(20, classes)
+        self.third = torch.nn.Conv2d(1, width, 3)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits = self.classifier(torch.relu(self.second(torch.relu(self.first(images)))).mean((2, 3)))
+        return cast(torch.Tensor, logits + F.conv2d(images, self.third.weight).mean((1, 2, 3))[:, None])
+
+
+def bring(monkeypatch: pytest.MonkeyPatch, width: int) -> None:
+    """Let `own:half_functional` make a HalfFunctional whose third convolution has so many filters."""
+    own = types.SimpleNamespace(half_functional=lambda *, channels, classes: HalfFunctional(width, classes))
+    monkeypatch.setitem(sys.modules, "own", own)  # type: ignore[arg-type]
+
+
 def test_a_baseline_has_no_teacher() -> None:
     with pytest.raises(
         UserError, match=r"baseline\.distillation: .*has none itself, got 0\.5; .*recovery\.distillation"
@@ -131,24 +175,28 @@ def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_chang
     assert code == 1
     assert re.search(r"not finite in epoch [2-8] at learning rate \d", line)
     assert "try a lower baseline.learning_rate" in line
-    assert f"change that in {out / 'campaign.toml'}, remove {checkpoint}, and zeroout resume {out}" in line
-    assert torch.load(checkpoint, weights_only=True)["epoch"] >= 1
+    assert f"is kept in {checkpoint}, and training goes on from there. " in line
+    assert f"To go on: change that in {out / 'campaign.toml'}, and zeroout resume {out}" in line
+    epoch = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert epoch >= 1
 
-    changed = ("baseline.learning_rate=0.1", "baseline.weight_decay=0.0")
-    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out, "--set", changed[0], "--set", changed[1])
+    changed = "baseline.learning_rate=0.01"
+    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out, "--set", changed)
     assert code == 2
     assert "holds another campaign; baseline.learning_rate" in line
     assert "another --out" in line
 
-    config = parse(given.read_text(), changed)
+    config = parse(given.read_text(), [changed, "baseline.weight_decay=0.0"])
     (out / "campaign.toml").write_text(dump(config))
     code, line = zeroout(monkeypatch, capfd, "resume", out)
     assert code == 2
-    assert f"checkpoint {checkpoint}: expected this training, with baseline.learning_rate 0.1, got 10.0" in line
+    assert f"checkpoint {checkpoint}: expected this training, with baseline.weight_decay 0.0, got 1.0" in line
     assert "remove that file to train anew" in line
 
-    checkpoint.unlink()
+    config = parse(given.read_text(), [changed])
+    (out / "campaign.toml").write_text(dump(config))
     with (tmp_path / "log").open("w") as log:
         folder = CampaignFolder.open(out)
         baseline = prepare(folder, config, preflight(config), PlainProgress(Console(file=log)))
-    assert baseline.validation.accuracy > 0.5
+    assert f"epoch {epoch + 1}/8" in (tmp_path / "log").read_text()
+    assert math.isfinite(baseline.validation.cross_entropy)

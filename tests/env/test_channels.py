@@ -3,11 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE
+from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE, FunctionalCall
 
 from env.channels import ChannelPlan, adopt
 from env.errors import UserError
@@ -95,6 +96,15 @@ def test_compact_in_two_steps_equals_compact_at_once(name: str, seed: int) -> No
     for (name_once, a), (name_twice, b) in zip(once.state_dict().items(), twice.state_dict().items(), strict=True):
         assert name_once == name_twice
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_compact_network_can_be_trained(name: str) -> None:
+    network, plan = made(name)
+    compact = plan.compact(network, random_mask(plan, 5)).train()
+    compact(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert compact.training
+    assert not network.training
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -189,6 +199,57 @@ def test_what_cannot_be_pruned_safely_is_left_out_with_its_reason(name: str) -> 
     assert reason in plan.left_out[module]
     assert all(module not in layer.modules for layer in plan.layers)
     assert plan.units > 0  # the rest can still be pruned
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_nothing_lies_outside_the_modules_of_a_network_that_calls_them(name: str) -> None:
+    _, plan = made(name)
+    assert (plan.macs_outside, plan.share_outside, plan.uncounted) == (0, 0.0, "")
+
+
+def test_a_module_that_is_not_called_is_left_out_and_its_work_is_told() -> None:
+    network = FunctionalCall()
+    plan = ChannelPlan(network, EXAMPLE)
+    assert "does not call it in eval mode" in plan.left_out["second"]
+    assert plan.macs_outside == 8 * 6 * 9 * 36
+    assert int(plan.macs(plan.widths)) + plan.macs_outside == counted_macs(network, EXAMPLE)
+    assert f"15,552 more MACs ({plan.share_outside:.0%} of all) lie outside" in plan.uncounted
+
+
+def test_what_attention_does_lies_outside_too() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.attention = nn.Conv2d(3, 8, 3), nn.MultiheadAttention(8, 1, batch_first=True)
+            self.classifier = nn.Linear(8, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            places = self.first(images).flatten(2).transpose(1, 2)
+            return self.classifier(self.attention(places, places, places)[0].mean(1))  # type: ignore[no-any-return]
+
+    plan = ChannelPlan(Attending(), EXAMPLE)
+    assert plan.macs_outside == 4 * 36 * 8 * 8 + 2 * 36 * 36 * 8  # projections in and out, both products of places
+
+
+def test_channels_that_are_lost_from_sight_name_who_reads_and_who_is_tied() -> None:
+    class Lost(nn.Module):
+        """Channels gated by a convolution over their own means, and others that are halved by a GLU."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.gate = nn.Conv2d(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1)
+            self.halved, self.classifier = nn.Conv2d(8, 6, 1), nn.Linear(3, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = torch.relu(self.first(images))
+            gate = self.gate(maps.mean((2, 3))[:, None])[:, 0].sigmoid()
+            maps = F.glu(self.halved(maps * gate[:, :, None, None]), dim=1)
+            return self.classifier(maps.mean((2, 3)))  # type: ignore[no-any-return]
+
+    left_out = ChannelPlan(Lost(), EXAMPLE).left_out
+    assert left_out["first"].startswith("its channels cannot be followed to all that read them (gate, halved): ")
+    assert left_out["gate"].startswith("it is tied to first, whose channels cannot be followed to all that read them")
+    assert left_out["halved"].startswith("classifier reads its channels, but which is which is not known: on the way")
 
 
 def test_vgg16_has_one_layer_for_each_convolution() -> None:
@@ -294,6 +355,21 @@ def test_a_mistake_that_is_small_beside_the_logits_is_found() -> None:
             return self.classifier(torch.relu(self.after(maps)).mean((2, 3)))  # type: ignore[no-any-return]
 
     assert "not the same as silencing" in ChannelPlan(Hidden(), EXAMPLE).left_out["before"]
+
+
+def test_a_network_that_answers_otherwise_each_time_is_told() -> None:
+    class Dropping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.before, self.classifier = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.classifier(F.dropout(self.before(images).mean((2, 3))))  # type: ignore[no-any-return]
+
+    with pytest.raises(
+        UserError, match=r"network Dropping in eval mode: .* others each time; .*training=self\.training"
+    ):
+        ChannelPlan(Dropping(), EXAMPLE)
 
 
 class Unsure(nn.Module):

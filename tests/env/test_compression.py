@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from torch import nn
 
+from env.channels import ChannelPlan
 from env.compression import CompressionEnv, EpisodeConfig, make_compression, unreachable
 from env.data import DataConfig, load_dataset
 from env.errors import UserError
@@ -313,3 +315,9 @@ def test_gymnasium_makes_one_by_itself_that_recognizes_digits() -> None:
     assert observation["accuracy"][0] > 0.9
     again = make_compression(seed=1)
     assert again.recognizer is env.unwrapped.recognizer  # type: ignore[attr-defined]
+
+
+def test_a_network_of_which_nothing_can_be_pruned_is_told_as_that() -> None:
+    plan = ChannelPlan(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), torch.zeros(1, 1, 8, 8))
+    problem = unreachable(plan, Measure("parameters", 260), EpisodeConfig(targets=(0.1,)))
+    assert "got none, whatever the target; zeroout doctor --model says why" in str(problem)

@@ -156,6 +156,19 @@ def test_a_field_out_of_range_is_named_with_its_value(field: str, value: Any) ->
     assert caught.value.got == repr(value)
 
 
+@pytest.mark.parametrize("inner", ["", "train"])
+def test_a_class_with_too_few_images_is_named_with_its_folder(tmp_path: Path, inner: str) -> None:
+    for name, count in (("a", 2), ("b", 5)):
+        for index in range(count):
+            path = tmp_path / "images" / inner / name / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (6, 6), (index, 0, 0)).save(path)
+    config = DataConfig(source="folder", path=str(tmp_path / "images"), cache=str(tmp_path / "cache"))
+    folder = tmp_path / "images" / inner / "a"
+    with pytest.raises(UserError, match=f"^images of class a in {folder}: expected at least 3 "):
+        load_dataset(config)
+
+
 def test_a_folder_needs_a_path() -> None:
     with pytest.raises(UserError, match=r"data\.path"):
         DataConfig(source="folder")

@@ -2,7 +2,7 @@ import pickle
 
 import pytest
 
-from env.errors import NonFiniteError, UserError, ZerooutError
+from env.errors import NonFiniteError, UserError, ZerooutError, first_line
 
 
 def an_error() -> UserError:
@@ -30,3 +30,11 @@ def test_a_non_finite_error_survives_a_pickle() -> None:
 def test_every_error_of_ours_is_caught_as_one(error: Exception) -> None:
     with pytest.raises(ZerooutError):
         raise error
+
+
+@pytest.mark.parametrize(
+    ("said", "line"),
+    [("one\ntwo", "one"), ("", ""), ("\n  late\n", "late"), ("\x1b[1mbold\x1b[0m word", "bold word")],
+)
+def test_of_what_others_say_the_first_line_is_told_without_colours(said: str, line: str) -> None:
+    assert first_line(ValueError(said)) == line

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from env.errors import UserError
-from env.networks import NetworkConfig, build_network, load_weights, resnet18, resnet34, resnet56, small, vgg16
+from env.networks import NetworkConfig, build_network, resnet18, resnet34, resnet56, small, vgg16
 from env.skips import add_skip_convolutions
 
 
@@ -68,19 +68,28 @@ def test_a_factory_that_fails_is_told_with_what_it_said(
         build_network(NetworkConfig(factory=f"own_networks:{name}"), channels=3, classes=4)
 
 
-@pytest.mark.parametrize("value", [torch.zeros(3).to_sparse(), torch.zeros(3, dtype=torch.complex64)])
-def test_weights_that_no_layer_has_are_refused(tmp_path: Path, value: torch.Tensor) -> None:
-    torch.save({"odd": value}, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match="entry odd: expected a tensor of finite numbers"):
-        load_weights(small(width=0.1), tmp_path / "weights.pt")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (torch.jit.script, "got RecursiveScriptModule, which torch.jit made; return the module without torch.jit"),
+        (torch.compile, "got OptimizedModule, which torch.compile made; return the module without torch.compile"),
+        (
+            lambda network: nn.Sequential(network, nn.LazyLinear(4)),
+            "got LazyLinear 1, whose parameters have no sizes yet; give the sizes, or run it once on images of zeros",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_a_network_whose_filters_cannot_be_read_is_told_with_what_to_give_instead(
+    monkeypatch: pytest.MonkeyPatch, make: Any, message: str
+) -> None:
+    def made(*, channels: int, classes: int) -> nn.Module:
+        network: nn.Module = make(nn.Sequential(nn.Conv2d(channels, classes, 3), nn.Flatten()))
+        return network
 
-
-def test_whole_numbers_are_no_weights(tmp_path: Path) -> None:
-    network = small(width=0.1)
-    state = {name: value.to(torch.int64) for name, value in network.state_dict().items()}
-    torch.save(state, tmp_path / "weights.pt")
-    with pytest.raises(UserError, match=r"misshapen \(first features.0.weight: whole numbers \[3, 1, 3, 3\] for"):
-        load_weights(network, tmp_path / "weights.pt")
+    monkeypatch.setitem(sys.modules, "own_networks", types.SimpleNamespace(made=made))  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="expected a plain torch.nn.Module from own_networks:made, " + message):
+        build_network(NetworkConfig(factory="own_networks:made"), channels=3, classes=4)
 
 
 def test_skip_convolutions_where_there_are_no_skips_are_refused() -> None:
@@ -174,31 +183,3 @@ def test_weights_without_skip_convolutions_start_a_network_with_them(tmp_path: P
     images = torch.randn(3, 3, 16, 16)
     built = build_network(config, channels=3, classes=10, seed=9).eval()
     torch.testing.assert_close(built(images), plain(images), atol=1e-6, rtol=0)
-
-
-def test_weights_that_do_not_fit_name_the_first_of_each_kind(tmp_path: Path) -> None:
-    state = small(width=0.2).state_dict()
-    del state["features.1.bias"], state["classifier.bias"]
-    state["features.0.extra"] = torch.zeros(2)
-    state["classifier.weight"] = torch.zeros(10, 7)
-    save_file(state, tmp_path / "odd.safetensors")
-    network = small(width=0.2)
-    before = network.classifier.weight.clone()
-    with pytest.raises(UserError) as caught:
-        load_weights(network, tmp_path / "odd.safetensors")
-    assert "2 missing (first features.1.bias)" in str(caught.value)
-    assert "1 unexpected (first features.0.extra)" in str(caught.value)
-    assert "1 misshapen (first classifier.weight: [10, 7] for [10, 19])" in str(caught.value)
-    assert torch.equal(network.classifier.weight, before)
-
-
-@pytest.mark.parametrize("name", ["missing.pt", "junk.pt", "junk.safetensors", "list.pt", "object.pt", "nan.pt"])
-def test_weights_that_cannot_be_read_are_told_in_one_line(tmp_path: Path, name: str) -> None:
-    for junk in ("junk.pt", "junk.safetensors"):
-        (tmp_path / junk).write_bytes(b"these are no weights at all, and long enough to be looked into")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"optimizer": {"lr": 1}}, tmp_path / "object.pt")
-    torch.save({"weight": torch.tensor([1.0, float("nan")])}, tmp_path / "nan.pt")
-    with pytest.raises(UserError, match=name) as caught:
-        load_weights(small(), tmp_path / name)
-    assert "\n" not in str(caught.value)

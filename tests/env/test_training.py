@@ -119,7 +119,7 @@ def test_a_diverging_training_names_epoch_and_rate_and_keeps_the_last_checkpoint
     with pytest.raises(
         NonFiniteError,
         match=r"epoch 2 at learning rate [\d.e-]+; try a lower recovery\.learning_rate or a longer "
-        r"recovery\.warmup_share; the state after epoch 1 is kept in .*training\.pt$",
+        r"recovery\.warmup_share; the state after epoch 1 is kept in .*training\.pt, and training goes on from there$",
     ):
         train(model, FEW, AUGMENTED, TINY, seed=7, section="recovery", checkpoint=path, on_epoch=poison)
     assert torch.load(path, weights_only=True)["epoch"] == 1

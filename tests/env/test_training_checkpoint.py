@@ -166,6 +166,42 @@ def test_the_checkpoint_of_another_training_is_refused(tmp_path: Path, change: d
         train(network(), FEW, AUGMENTED, **{"config": TINY, "seed": 7, **change}, checkpoint=path)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"learning_rate": 0.01}, "recovery.learning_rate 0.01, before it was 0.1"),
+        ({"warmup_share": 0.5}, "recovery.warmup_share 0.5, before it was 0.2"),
+        ({"precision": "bfloat16"}, 'recovery.precision "bfloat16", before it was "float32"'),
+    ],
+)
+def test_a_training_goes_on_with_what_is_tried_after_a_loss_that_is_not_finite(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, change: dict[str, Any], said: str
+) -> None:
+    path, changed = tmp_path / "training.pt", dataclasses.replace(TINY, **change)
+    with pytest.raises(KilledError):
+        train(network(), FEW, AUGMENTED, TINY, seed=7, checkpoint=path, on_epoch=kill_after(1))
+    reports: list[EpochReport] = []
+    with caplog.at_level(logging.WARNING):
+        train(
+            network(99), FEW, AUGMENTED, changed, seed=7, section="recovery", checkpoint=path, on_epoch=reports.append
+        )
+    assert [report.epoch for report in reports] == [2, 3]
+    assert [record.message for record in caplog.records] == [f"checkpoint {path}: training goes on with {said}"]
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):  # what it went on with is now what it is known by
+        train(network(), FEW, AUGMENTED, changed, seed=7, checkpoint=path)
+    assert not caplog.records
+
+
+def test_a_changed_rate_does_not_hide_what_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path, other = tmp_path / "training.pt", dataclasses.replace(TINY, learning_rate=0.01, momentum=0.5)
+    with pytest.raises(KilledError):
+        train(network(), FEW, AUGMENTED, TINY, seed=7, checkpoint=path, on_epoch=kill_after(1))
+    with caplog.at_level(logging.WARNING), pytest.raises(UserError, match=r"with train\.momentum 0\.5, got 0\.9"):
+        train(network(), FEW, AUGMENTED, other, seed=7, checkpoint=path)
+    assert not caplog.records
+
+
 def test_a_checkpoint_older_than_a_setting_is_taken_where_that_is_off(tmp_path: Path) -> None:
     path = tmp_path / "training.pt"
     whole, resumed = network(), network()

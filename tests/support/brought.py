@@ -39,6 +39,14 @@ class Viewing(Depthwise):
         return cast(Tensor, self.classifier(maps.view(maps.shape[0], -1)))
 
 
+class Counting(Depthwise):
+    """Asks how many images there are in a way that a traced program cannot follow."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B, classes]."""
+        return cast(Tensor, self.classifier(self.maps(images).reshape(len(images), -1, 64).mean(2)))
+
+
 class Deciding(Depthwise):
     """Takes a branch by the values of its images: no program can be traced."""
 
@@ -55,6 +63,11 @@ def depthwise(*, channels: int, classes: int) -> nn.Module:
 def viewing(*, channels: int, classes: int) -> nn.Module:
     """A `view` of feature maps."""
     return Viewing(channels, classes)
+
+
+def counting(*, channels: int, classes: int) -> nn.Module:
+    """A `len` of the images."""
+    return Counting(channels, classes)
 
 
 def deciding(*, channels: int, classes: int) -> nn.Module:

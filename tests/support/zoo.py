@@ -251,6 +251,36 @@ class HalvesReadApart(nn.Module):
         return cast(Tensor, self.classifier(torch.relu(self.after(torch.relu(both))).mean((2, 3))))
 
 
+class TrainingBranch(nn.Module):
+    """A convolution that reads another in training mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.extra = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.second = nn.Conv2d(8, 6, 3)
+        self.classifier = nn.Linear(6, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(self.first(images))
+        if self.training:
+            maps = maps + 0.1 * self.extra(maps)
+        return cast(Tensor, self.classifier(torch.relu(self.second(maps)).mean((2, 3))))
+
+
+class FunctionalCall(nn.Module):
+    """A convolution that is never called: a function takes its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 6, 3)
+        self.third = nn.Conv2d(6, 5, 1)
+        self.classifier = nn.Linear(5, CLASSES)
+
+    def forward(self, images: Tensor) -> Tensor:
+        maps = torch.relu(F.conv2d(torch.relu(self.first(images)), self.second.weight, self.second.bias))
+        return cast(Tensor, self.classifier(torch.relu(self.third(maps)).mean((2, 3))))
+
+
 class ComputedWeight(nn.Module):
     """A convolution whose weight is computed from two other parameters."""
 
@@ -434,10 +464,15 @@ PRUNABLE: dict[str, Callable[[], nn.Module]] = {
 }
 #: Name -> how to make it, the first layer that is left out, a part of the reason.
 LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
-    "joined with the input": (lambda: Joined(with_input=True), "first", "whose places are not known"),
+    "joined with the input": (
+        lambda: Joined(with_input=True),
+        "first",
+        "its channels cannot be followed to all that read them (second, third, past): on the way",
+    ),
     "bare parameter": (Scaled, "first", "a bare nn.Parameter"),
     "channel multiplier": (lambda: grouped(4, 8, 4), "0", "single channel in a group"),
     "halves read apart": (HalvesReadApart, "before", "does not run without some of its channels"),
+    "a branch for training alone": (TrainingBranch, "first", "in training mode the network does not run without"),
     "computed weight": (ComputedWeight, "first", "computes its weights from other parameters"),
     "tied weights": (Tied, "second", "second shares its weights with third"),
     "channels exchanged": (lambda: Between(shuffled), "before", "not the same as silencing"),
