@@ -113,25 +113,27 @@ local function discard(key)
   end
 end
 
--- Look at sequences of the age key: add those that have all their parts to the sums and to `whole`, discard the rest.
-local function look_at(keys, generations, whole)
+-- Look at sequences of the age key: add those that have all their parts to the sums, discard the rest. Returns how many
+-- have.
+local function look_at(keys, generations)
   local ids = {}
   for i, key in ipairs(keys) do
     ids[i] = string.match(key, '^%d+:(.+)$') or ''
   end
   local records, clocks = redis.call('HMGET', WEIGHT, unpack(keys)), redis.call('ZMSCORE', CLOCK, unpack(keys))
-  local held = redis.call('HMGET', IDS, unpack(ids))
+  local held, whole = redis.call('HMGET', IDS, unpack(ids)), 0
   for i, key in ipairs(keys) do
     local weight, bytes = parse(records[i])
     if weight and clocks[i] and finite(tonumber(clocks[i])) and tonumber(held[i] or 'none') == generations[i]
         and redis.call('HSTRLEN', DATA, key) == bytes then
-      whole[key] = true
+      whole = whole + 1
       state.bytes, state.generation = state.bytes + bytes, math.max(state.generation, generations[i])
       add_to_total(weight)
     else
       discard(key)
     end
   end
+  return whole
 end
 
 -- Whether every key has as many entries as there are sequences. All are asked: one of the wrong type raises an error.
@@ -141,19 +143,20 @@ local function is_even()
   return clocks == size and payloads == size and weights == size and ids == size
 end
 
--- Discard what stands in a key and belongs to no whole sequence.
-local function discard_strays(whole)
+-- Discard what stands in a key and belongs to no sequence of the age key, all of which are whole.
+local function discard_strays()
   for _, members in ipairs({redis.call('ZRANGE', CLOCK, 0, -1), redis.call('HKEYS', DATA), redis.call('HKEYS', WEIGHT)}) do
     for _, key in ipairs(members) do
-      if whole[key] == nil then
-        whole[key] = false
+      local known = redis.call('ZSCORE', AGE, key)
+      if not known and (redis.call('ZSCORE', CLOCK, key) or redis.call('HEXISTS', DATA, key) == 1
+          or redis.call('HEXISTS', WEIGHT, key) == 1) then
         discard(key)
       end
     end
   end
   local ids = redis.call('HGETALL', IDS)
   for i = 1, #ids, 2 do
-    if not whole[ids[i + 1] .. ':' .. ids[i]] then
+    if not redis.call('ZSCORE', AGE, ids[i + 1] .. ':' .. ids[i]) then
       redis.call('HDEL', IDS, ids[i])
     end
   end
@@ -162,19 +165,19 @@ end
 -- Remove every sequence that is not whole and every part that belongs to none; sum weights and bytes anew. O(n),
 -- seconds for a million, and only ever needed when a foreign hand has changed something under our keys.
 local function sweep()
-  local whole, step = {}, AT_ONCE / 4
   state.total, state.total_low, state.bytes = 0, 0, 0
-  local ages = redis.call('ZRANGE', AGE, 0, -1, 'WITHSCORES')
-  for start = 1, #ages, 2 * step do
+  local start, step = 0, AT_ONCE / 4
+  repeat
+    local ages = redis.call('ZRANGE', AGE, start, start + step - 1, 'WITHSCORES')
     local keys, generations = {}, {}
-    for i = start, math.min(start + 2 * step, #ages) - 1, 2 do
+    for i = 1, #ages, 2 do
       keys[#keys + 1], generations[#generations + 1] = ages[i], tonumber(ages[i + 1])
     end
-    look_at(keys, generations, whole)
-  end
-  size = redis.call('ZCARD', AGE)
+    start = start + (#keys > 0 and look_at(keys, generations) or 0)
+  until #keys == 0
+  size = start
   if not is_even() then
-    discard_strays(whole)
+    discard_strays()
   end
   state.inserted = math.max(state.inserted, size)
 end

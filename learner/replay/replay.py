@@ -143,7 +143,13 @@ class ReplayStats:
 
 
 class Replay:
-    """The replay of the campaign `prefix`; one instance for each thread, as the generator is not shared."""
+    """The replay of the campaign `prefix`; one instance for each thread, as the generator is not shared.
+
+    Attributes:
+        client: the server's.
+        race: the keys and scripts there.
+
+    """
 
     def __init__(self, client: redis.Redis, prefix: str, config: ReplayConfig, rng: np.random.Generator) -> None:
         self._config, self._rng = config, rng
@@ -180,7 +186,10 @@ class Replay:
         return self.draw(batch_size, asked=batch_size)
 
     def draw(self, count: int, *, asked: int) -> Sample | None:
-        """Draw `count` sequences (1 to 2048) of a batch of `asked`, of which other shards give the rest."""
+        """Draw `count` sequences (1 to 2048) of a batch of `asked`, of which other shards give the rest.
+
+        Returns None when the limiter refuses, and where there is nothing to draw.
+        """
         if not 1 <= count <= MAX_BATCH:
             raise ValueError(f"batch_size must be 1 to {MAX_BATCH}, got {count}")
         keys: list[str] = []

@@ -125,7 +125,6 @@ class ShardedReplay:
         parts: dict[int, list[int]] = {}
         for place, key in enumerate(keys):
             parts.setdefault(int(key.partition("/")[0]), []).append(place)
-
         found = 0
         for i, places in sorted(parts.items()):
             names = [keys[place].partition("/")[2] for place in places]
@@ -193,6 +192,7 @@ class ShardedReplay:
             _log.warning("replay: shard %d is left out: %s", i, error)
         self._left_out.add(i)
         if len(self._left_out) == len(self._replays):
+            self._left_out.clear()  # each may have been mended when the next call comes
             raise error
 
 
