@@ -138,7 +138,7 @@ TASKS: dict[str, Task] = {
         mark=495.0,
         updates=10_000,
         judge_period=250,
-        # The target network is copied far more often than the paper's 2500: the whole task takes a few thousand updates.
+        # the target network is copied far more often than the paper's 2500: all of it takes a few thousand updates
         learner=LearnerConfig(
             batch_size=32, learning_rate=5e-4, adam_epsilon=1e-5, discount=0.99, n_step=5, target_update_period=50
         ),
