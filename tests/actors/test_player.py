@@ -14,24 +14,18 @@ from torch import nn
 import actors.player
 from actors.player import Brief, Player, new_controller
 from actors.rollout import Rollout, rollout
-from actors.schedule import ScheduleConfig, order
-from agents.controller import ControllerConfig
+from actors.schedule import order
 from agents.cross_entropy import next_offsets
-from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
-from env.compression import EpisodeConfig
-from env.data import DataConfig, Dataset, load_dataset
-from env.measure import Measure
-from env.networks import NetworkConfig
+from env.compact_file import network_from_bytes
+from env.data import Dataset
 from env.retraining import Metrics
-from learner.learner import LearnerConfig
 from learner.replay.ledger import Ledger
-from learner.replay.replay import Replay, ReplayConfig
+from learner.replay.replay import Replay
 from learner.replay.weights import WeightStore
-from learner.sequence import SequenceConfig, collate
+from learner.sequence import collate
 
 torch.set_num_threads(1)
 
-DATA = DataConfig(train_limit=100, validation_share=0.1)
 SEARCH = 3  # episodes of each group; the first is a teacher's
 RECORD = {
     "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "collapsed", "seconds", "phases",
@@ -39,55 +33,6 @@ RECORD = {
     "return", "finished", "curve", "targets",
 }  # fmt: skip
 POINT = {"target", "compression", "parameters", "macs", "accuracy", "cross_entropy", "keep_bits"}
-
-
-@pytest.fixture(scope="module")
-def dataset() -> Dataset:
-    return load_dataset(DATA)
-
-
-@pytest.fixture
-def brief(redis_url: str, prefix: str) -> Brief:
-    """A campaign of six tiny episodes: three of the search (a teacher's, then the Controller's), three of cem."""
-    form = NetworkForm(network=NetworkConfig(width=0.25), channels=1, classes=10, image_size=8)
-    network = form.build()
-    return Brief(
-        form=form,
-        baseline=network_to_bytes(network, form),
-        image_shape=(1, 8, 8),
-        measure=Measure("parameters", sum(parameter.numel() for parameter in network.parameters())),
-        data=DATA,
-        episode=EpisodeConfig(
-            targets=(0.5, 0.8),
-            waypoints=3,
-            batch_size=16,
-            step_minibatches=1,
-            recovery_minibatches=1,
-            step_images=40,
-            score_images=32,
-        ),
-        controller=ControllerConfig(hidden_size=5),
-        sequences=SequenceConfig(burn_in=1, unroll_length=2, sequence_period=1),
-        learner=LearnerConfig(),
-        replay=ReplayConfig(min_sequences=1),
-        schedule=ScheduleConfig(episodes=SEARCH, actors=2, teacher_share=0.34, controls=("cem",)),
-        seed=3,
-        redis_url=redis_url,
-        prefix=prefix,
-        lease_s=60.0,
-    )
-
-
-@pytest.fixture
-def ledger(client: redis.Redis, brief: Brief) -> Ledger:
-    opened = Ledger(client, brief.prefix)
-    opened.open("test", brief.schedule.total)
-    return opened
-
-
-@pytest.fixture
-def replay(client: redis.Redis, brief: Brief) -> Replay:
-    return Replay(client, brief.prefix, brief.replay, np.random.default_rng(0))
 
 
 def played(player: Player) -> dict[str, Any]:

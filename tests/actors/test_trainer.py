@@ -1,0 +1,106 @@
+import json
+import math
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import redis
+import torch
+
+from actors.player import Brief, Player
+from actors.trainer import Trainer
+from env.data import Dataset
+from env.errors import NonFiniteError
+from learner import checkpoint
+from learner.replay.codec import decode, encode
+from learner.replay.ledger import Ledger
+from learner.replay.replay import Item, Replay
+from learner.replay.weights import WeightStore
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def learning(brief: Brief) -> Brief:
+    """The campaign with a learner that publishes and saves after every update, a few in all."""
+    learner = replace(brief.learner, batch_size=2, publish_period=1, checkpoint_period=2, delta_q_period=1)
+    return replace(brief, learner=learner, replay=replace(brief.replay, replay_ratio=4.0, replay_ratio_tolerance=0.0))
+
+
+def run_until(trainer: Trainer, ledger: Ledger, updates: int) -> int:
+    """Let the trainer run in a thread and ask it to stop when it has made so many updates."""
+    made: list[int] = []
+    thread = threading.Thread(target=lambda: made.append(trainer.run()))
+    thread.start()
+    deadline = time.monotonic() + 60
+    while trainer.learner.updates < updates and time.monotonic() < deadline:
+        time.sleep(0.02)
+    ledger.request_stop()
+    thread.join(60)
+    return made[0]
+
+
+def test_a_trainer_learns_what_players_insert_publishes_saves_and_says_so(
+    learning: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, client: redis.Redis, tmp_path: Path
+) -> None:
+    Player("actor-0", learning, dataset).play()  # two sequences: at four each and two a batch, four updates
+    trainer = Trainer(learning, tmp_path)
+    assert run_until(trainer, ledger, 4) == 4
+    assert replay.stats().sampled == 8
+    assert WeightStore(client, learning.prefix).pull(3) is not None
+    saved = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert saved["updates"] == 4
+    beat = json.loads(ledger.beats()["learner"])
+    assert beat["updates"] == 4
+    assert {"loss", "mean_priority", "replay", "skipped", "delta_q_first", "delta_q_last"} <= set(beat)
+
+
+def test_a_trainer_goes_on_from_its_checkpoint(
+    learning: Brief, dataset: Dataset, ledger: Ledger, tmp_path: Path
+) -> None:
+    Player("actor-0", learning, dataset).play()
+    first = Trainer(learning, tmp_path)
+    run_until(first, ledger, 4)
+    second = Trainer(learning, tmp_path)
+    assert second.learner.updates == 4
+    for mine, theirs in zip(
+        second.learner.controller.state_dict().values(), first.learner.controller.state_dict().values(), strict=True
+    ):
+        assert torch.equal(mine, theirs)
+    second.replay.close()
+
+
+def test_when_nothing_but_bad_sequences_come_the_last_good_weights_are_saved_and_the_error_says_which(
+    learning: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, tmp_path: Path
+) -> None:
+    learning = replace(learning, learner=replace(learning.learner, max_bad_updates=2))
+    Player("actor-0", learning, dataset).play()
+    sample = replay.sample(1)
+    assert sample is not None
+    poisoned = {name: array.copy() for name, array in sample.arrays[0].items()}
+    poisoned["rewards"][:] = math.nan
+    replay.update(sample.keys, np.zeros(1))
+    replay.insert([Item(f"bad{number}", encode(poisoned), 1e6) for number in range(3)])
+    trainer = Trainer(learning, tmp_path)
+    with pytest.raises(NonFiniteError, match=r"2 updates in a row were skipped, the last on sequences .*bad\d"):
+        trainer.run()
+    saved = checkpoint.load_newest(tmp_path)
+    assert saved is not None
+    assert saved["updates"] == trainer.learner.updates
+    assert all(tensor.isfinite().all() for tensor in saved["controller"].values())
+
+
+def test_first_priorities_are_td_errors_and_not_all_alike(
+    learning: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis, replay: Replay
+) -> None:
+    Player("actor-0", learning, dataset).play()
+    records = client.hgetall(replay.race.weight)
+    weights = {float(record.split()[0]) for record in records.values()}
+    assert len(weights) == 2
+    assert all(0 < weight < 1e3 for weight in weights)
+    payloads = client.hgetall(replay.race.data).values()
+    assert all("later_states" in decode(payload) for payload in payloads)
