@@ -4,6 +4,7 @@ Ray stands in actors/ray_actors.py.
 """
 
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from learner.learner import Learner, UpdateReport
 from learner.replay.pipeline import PipelinedReplay
 
 __all__ = ["Trainer"]
+
+_log = logging.getLogger("zeroout")
 
 _IDLE_S = 0.1
 _BEAT_PERIOD_S = 0.5
@@ -86,6 +89,7 @@ class Trainer:
             self._publish()
         if report.updates % self.brief.learner.checkpoint_period == 0:
             self._save()
+            _log.info(_line(report, self._delta_q))
 
     def _publish(self) -> None:
         state = {name: tensor.contiguous() for name, tensor in self.learner.controller.state_dict().items()}
@@ -106,3 +110,14 @@ class Trainer:
         if self._delta_q is not None:
             state |= {"delta_q_first": self._delta_q[0], "delta_q_last": self._delta_q[1]}
         self.services.ledger.beat("learner", json.dumps(state))
+
+
+def _line(report: UpdateReport, delta_q: tuple[float, float] | None) -> str:
+    """One line a checkpoint, for the learner's log in the Ray dashboard."""
+    stale = (
+        "" if delta_q is None else f", Delta Q {delta_q[0]:.3f} at the first learned step, {delta_q[1]:.3f} at the last"
+    )
+    return (
+        f"{report.updates} updates: loss {report.loss:.4g}, mean priority {report.mean_priority:.4g}, "
+        f"gradient norm {report.gradient_norm:.4g}{stale}"
+    )

@@ -44,8 +44,15 @@ def run_until(trainer: Trainer, ledger: Ledger, updates: int) -> int:
 
 
 def test_a_trainer_learns_what_players_insert_publishes_saves_and_says_so(
-    learning: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, client: redis.Redis, tmp_path: Path
+    learning: Brief,
+    dataset: Dataset,
+    ledger: Ledger,
+    replay: Replay,
+    client: redis.Redis,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "zeroout")
     Player("actor-0", learning, dataset).play()  # two sequences: at four each and two a batch, four updates
     trainer = Trainer(learning, tmp_path)
     assert run_until(trainer, ledger, 4) == 4
@@ -56,6 +63,8 @@ def test_a_trainer_learns_what_players_insert_publishes_saves_and_says_so(
     assert saved["updates"] == 4
     beat = json.loads(ledger.beats()["learner"])
     assert beat["updates"] == 4
+    assert "4 updates: loss " in caplog.text
+    assert "Delta Q" in caplog.text
     assert {"loss", "mean_priority", "replay", "skipped", "delta_q_first", "delta_q_last"} <= set(beat)
 
 
