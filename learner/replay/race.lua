@@ -5,11 +5,12 @@ local CLOCK, DATA, WEIGHT, AGE, IDS, STATE, LAST = KEYS[1], KEYS[2], KEYS[3], KE
 local REQUEST, KEEP_S = ARGV[1], ARGV[2]
 
 local FIELDS = {
-  'now', 'total', 'total_low', 'bytes', 'generation', 'inserted', 'sampled', 'evicted', 'rejected', 'waits', 'batch',
+  'now', 'total', 'total_low', 'size', 'bytes', 'generation', 'inserted', 'sampled', 'evicted', 'rejected', 'waits',
+  'batch',
 }
 local AT_ONCE = 4000 -- values in one command: Lua's `unpack` ends at 8000
 local NAMED = 20 -- damaged sequences whose names are returned
-local state, size = {}, 0
+local state, stored, size = {}, {}, 0 -- the fields as they are now and as they stand in the key; sequences held
 local damaged, damaged_count = {}, 0
 
 -- Lua would print 14 digits; 17 bring a double back exactly.
@@ -33,21 +34,26 @@ local function read_state()
   local values = redis.call('HMGET', STATE, unpack(FIELDS))
   for i, field in ipairs(FIELDS) do
     state[field] = tonumber(values[i] or '0')
+    stored[field] = state[field]
     if not finite(state[field]) then
       return field
     end
   end
 end
 
+-- Write the fields that have changed.
 local function write_state()
-  local values = {'size', size}
+  local values = {}
+  state.size = size
   if size == 0 then
     state.total, state.total_low, state.bytes = 0, 0, 0
   end
   for _, field in ipairs(FIELDS) do
-    values[#values + 1], values[#values + 2] = field, exact(state[field])
+    if state[field] ~= stored[field] then
+      values[#values + 1], values[#values + 2] = field, exact(state[field])
+    end
   end
-  redis.call('HSET', STATE, unpack(values))
+  write('HSET', STATE, values)
 end
 
 -- Where the server is full, only a script whose first write is a deletion may run to its end.
@@ -56,12 +62,10 @@ local function run_also_when_full()
 end
 
 -- Keep what a request did, for the case that its reply is lost.
-local function remember(...)
+local function remember(values)
   redis.call('DEL', LAST)
-  redis.call('RPUSH', LAST, REQUEST)
-  for _, values in ipairs({...}) do
-    write('RPUSH', LAST, values)
-  end
+  table.insert(values, 1, REQUEST)
+  write('RPUSH', LAST, values)
   redis.call('EXPIRE', LAST, KEEP_S)
 end
 
@@ -232,5 +236,4 @@ if unreadable then
   return redis.error_reply('UNREADABLE ' .. unreadable)
 end
 size = redis.call('ZCARD', AGE)
-local newest = tonumber(redis.call('ZRANGE', AGE, -1, -1, 'WITHSCORES')[2] or '0')
-local untouched = is_even() and newest <= state.generation and (size == 0 or state.total > 0)
+local untouched = is_even() and state.size == size

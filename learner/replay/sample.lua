@@ -84,5 +84,9 @@ end
 write('ZADD', CLOCK, wound)
 state.sampled = state.sampled + k
 write_state()
-remember(names, probabilities)
+local kept = {}
+for draw = 1, k do
+  kept[draw], kept[k + draw] = names[draw], probabilities[draw]
+end
+remember(kept)
 return answer({1, names, probabilities})
