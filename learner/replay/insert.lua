@@ -1,7 +1,8 @@
 -- Add sequences whose ids are new, then evict the oldest beyond the capacity. The result is how many ids are held.
 -- ARGV from 3: capacity in sequences, capacity in bytes (0: unlimited), then id, weight, Exp(1), payload of each
-if is_repeated() then
-  return answer(tonumber(redis.call('LINDEX', LAST, 1)))
+local before = remembered()
+if before then
+  return answer(before)
 end
 if not untouched then
   sweep()
@@ -63,9 +64,11 @@ while size > 0 and is_over(size, state.bytes) do
 end
 write_state()
 
-local held = 0
-for _, generation in ipairs(redis.call('HMGET', IDS, unpack(ids))) do
-  held = held + (generation and 1 or 0)
+local held = #ids
+if #new < #ids or #ids > capacity_sequences or capacity_bytes > 0 then -- else none of them was evicted again
+  held = 0
+  for _, generation in ipairs(redis.call('HMGET', IDS, unpack(ids))) do
+    held = held + (generation and 1 or 0)
+  end
 end
-remember({held})
-return answer(held)
+return answer(remember(held))

@@ -61,16 +61,17 @@ local function run_also_when_full()
   redis.call('HDEL', STATE, 'none')
 end
 
--- Keep what a request did, for the case that its reply is lost.
-local function remember(values)
-  redis.call('DEL', LAST)
-  table.insert(values, 1, REQUEST)
-  write('RPUSH', LAST, values)
-  redis.call('EXPIRE', LAST, KEEP_S)
+-- Keep the result of a request, for the case that its reply is lost.
+local function remember(result)
+  redis.call('SET', LAST, cmsgpack.pack(REQUEST, result), 'EX', KEEP_S)
+  return result
 end
 
-local function is_repeated()
-  return redis.call('LINDEX', LAST, 0) == REQUEST
+-- The result of this very request, where it comes again; nil where it is new, or what lies there is not ours.
+local function remembered()
+  local kept = redis.call('GET', LAST)
+  local sound, request, result = pcall(cmsgpack.unpack, kept or '')
+  return sound and request == REQUEST and result or nil
 end
 
 -- What every script returns: the number of damaged sequences it removed and some of their names, then its result.

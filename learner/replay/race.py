@@ -89,7 +89,7 @@ class Race:
     def explained(self, error: Exception) -> Exception:
         """Return the UserError that names the key when `error` is about a foreign value there, else `error`."""
         if "WRONGTYPE" in str(error):
-            for key, expected in zip(self._keys, (*_TYPES.values(), "list"), strict=True):
+            for key, expected in zip(self._keys, (*_TYPES.values(), "string"), strict=True):
                 found: Any = self.client.type(key)
                 if found.decode() not in (expected, "none"):
                     return _foreign(key, expected=f"a value of type {expected}", got=f"a {found.decode()}")

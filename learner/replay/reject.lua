@@ -1,7 +1,8 @@
 -- Take back draws whose payload did not decode: they do not count as sampled, and the sequences are removed.
 -- The result is how many were removed.     ARGV from 3: key and how often it was drawn, of each
-if is_repeated() then
-  return answer(tonumber(redis.call('LINDEX', LAST, 1)))
+local before = remembered()
+if before then
+  return answer(before)
 end
 run_also_when_full()
 if not untouched then
@@ -19,5 +20,4 @@ for i = 3, #ARGV, 2 do
 end
 state.rejected = state.rejected + removed
 write_state()
-remember({removed})
-return answer(removed)
+return answer(remember(removed))

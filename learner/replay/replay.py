@@ -15,7 +15,7 @@ In Redis, under `{prefix}:replay:`, where a *key* is `generation:id` and a gener
     clock   sorted set  key -> time of the next ring       data    hash  key -> payload
     age     sorted set  key -> generation                  weight  hash  key -> "w bytes"
     state   hash        counters, now, total weight        ids     hash  id -> generation
-    last:*  list        a caller's last result, for a minute
+    last:*  string      a caller's last request and its result, for a minute
 
 A server is shared, so any value may be foreign or damaged. A sequence that is not whole is removed and counted as
 rejected, and the rest goes on; a key of the wrong type, or a counter that is no number, is the user's to mend.

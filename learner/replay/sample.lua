@@ -4,8 +4,9 @@
 -- ARGV from 3: k, batch (what the learner asked for), min_sequences, replay_ratio, tolerance, then k times Exp(1)
 local k, waits = tonumber(ARGV[3]), 7
 
-if is_repeated() then
-  return answer({1, redis.call('LRANGE', LAST, 1, k), redis.call('LRANGE', LAST, k + 1, -1)})
+local before = remembered()
+if before then
+  return answer(before)
 end
 run_also_when_full()
 if not untouched then
@@ -84,9 +85,4 @@ end
 write('ZADD', CLOCK, wound)
 state.sampled = state.sampled + k
 write_state()
-local kept = {}
-for draw = 1, k do
-  kept[draw], kept[k + draw] = names[draw], probabilities[draw]
-end
-remember(kept)
-return answer({1, names, probabilities})
+return answer(remember({1, names, probabilities}))

@@ -1,7 +1,8 @@
 -- Give sequences new weights; a key that is gone (evicted, or its id in use again) is passed over.
 -- The result is how many were found.     ARGV from 3: key, weight, Exp(1) of each
-if is_repeated() then
-  return answer(tonumber(redis.call('LINDEX', LAST, 1)))
+local before = remembered()
+if before then
+  return answer(before)
 end
 run_also_when_full()
 if not untouched then
@@ -55,5 +56,4 @@ end
 write('HSET', WEIGHT, records)
 write('ZADD', CLOCK, clocks)
 write_state()
-remember({found})
-return answer(found)
+return answer(remember(found))
