@@ -35,8 +35,10 @@ LONGEST_ERROR = 160
 
 EPILOG = """\
 The systems, each worker a process of its own, each Redis server one of its own with the embedded server's settings
-(append-only file, fsync every second):
+(append-only file, written before each reply, synced every second):
   ours-unix, ours-tcp    learner.replay.Replay on the embedded server, by unix socket and by TCP on the loopback
+  ours-pipelined         the same by unix socket, as a campaign's learner uses it: samples fetched ahead, priorities
+                         written behind (learner.replay.PipelinedReplay)
   raw-unix, raw-tcp      GET and SET of the same bytes by the same client, pipelined by 64, no priorities, nothing
                          encoded or decoded: what server, wire and client allow
   reverb                 dm-reverb 0.14.0: prioritized table in a server process, gRPC on the loopback, fetched ahead
@@ -85,8 +87,17 @@ class System:
 
 
 SYSTEMS = [
-    System("ours-unix", "ours, unix socket", "ours", "unix"),
-    System("ours-tcp", "ours, TCP", "ours", "tcp", sized=False),
+    System("ours-unix", "ours, unix socket", "ours", "unix", options={"pipelined": False}),
+    System("ours-tcp", "ours, TCP", "ours", "tcp", options={"pipelined": False}, sized=False),
+    System(
+        "ours-pipelined",
+        "ours, unix socket, pipelined",
+        "ours",
+        "unix",
+        options={"pipelined": True},
+        sized=False,
+        note="sample fetched ahead",
+    ),
     System("raw-unix", "raw GET/SET, unix socket", "raw", "unix", note="bytes only, uniform"),
     System("raw-tcp", "raw GET/SET, TCP", "raw", "tcp", sized=False, note="bytes only, uniform"),
     System("reverb", "dm-reverb", "reverb", environment="reverb", note="sample fetched ahead"),

@@ -6,19 +6,25 @@ from benchmarks.replay_systems.on_redis import OnRedis
 from benchmarks.replay_systems.protocol import Arrays, options, serve
 from learner.replay.codec import encode
 from learner.replay.connection import connect
+from learner.replay.pipeline import PipelinedReplay
 from learner.replay.replay import Item, Replay, ReplayConfig, Sample
 
+BATCH = 64  # of every sample
 _NO_LIMIT = 1e15  # nobody waits for anybody here
 
 
 class Ours(OnRedis):
-    """`learner.replay.Replay`: payloads are encoded in the insert and decoded in the sample."""
+    """`learner.replay.Replay`: payloads are encoded in the insert and decoded in the sample.
+
+    With `pipelined`, samples are fetched ahead and priorities written behind, as the learner of a campaign does it.
+    """
 
     takes_empty_arrays = True
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, pipelined: bool) -> None:
         super().__init__(url)
-        self._client, self._inserted = connect(url), 0
+        self._client, self._inserted, self._pipelined = connect(url), 0, pipelined
+        self._reader: Replay | PipelinedReplay | None = None
 
     def open(self, capacity: int) -> None:
         """Begin empty."""
@@ -26,7 +32,10 @@ class Ours(OnRedis):
         config = ReplayConfig(
             capacity_sequences=capacity, replay_ratio=_NO_LIMIT, replay_ratio_tolerance=_NO_LIMIT, min_sequences=1
         )
-        self._replay = Replay(self._client, "benchmark", config, np.random.default_rng(0))
+        if isinstance(self._reader, PipelinedReplay):
+            self._reader.close()
+        self._replay, reader = (Replay(self._client, "benchmark", config, np.random.default_rng(i)) for i in (0, 1))
+        self._reader = PipelinedReplay(reader, BATCH) if self._pipelined else reader
 
     def insert(self, chosen: list[int], priorities: list[float]) -> None:
         """Every sequence has an id of its own, as a campaign's have."""
@@ -41,14 +50,16 @@ class Ours(OnRedis):
 
     def sample(self, count: int) -> Sample:
         """Draw by priority."""
-        sample = self._replay.sample(count)
+        assert self._reader is not None
+        sample = self._reader.sample(count)
         if sample is None:
             raise RuntimeError("the replay refused a sample")
         return sample
 
     def update(self, drawn: Sample, priorities: np.ndarray) -> None:
         """New priorities."""
-        self._replay.update(drawn.keys, priorities)
+        assert self._reader is not None
+        self._reader.update(drawn.keys, priorities)
 
     def unpack(self, drawn: Sample) -> list[Arrays]:
         """As they are."""
@@ -56,4 +67,4 @@ class Ours(OnRedis):
 
 
 if __name__ == "__main__":
-    serve(Ours(options()["url"]))
+    serve(Ours(options()["url"], pipelined=options()["pipelined"]))

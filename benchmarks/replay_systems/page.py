@@ -18,9 +18,9 @@ MEASURES = {
 PLAIN = {measure: title.replace("/s", "") for measure, title in MEASURES.items()}
 CALLS = {"insert": "insert_one", "sample": "sample", "update": "sample"}  # whose latency stands in which measure
 CPU = ("client_cpu_us", "server_cpu_us")
-OURS = ("ours-unix", "ours-tcp")
+OURS = ("ours-unix", "ours-tcp", "ours-pipelined")
 BEATEN = ("reverb", "torchrl", "torchrl-bytes")
-RAW = {"ours-unix": "raw-unix", "ours-tcp": "raw-tcp"}
+RAW = {"ours-unix": "raw-unix", "ours-tcp": "raw-tcp", "ours-pipelined": "raw-unix"}
 LEAST_PER_S, MOST_OF_RAW, GROWTH_SLACK = 20_000, 3.0, 1.5
 
 
