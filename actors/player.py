@@ -5,6 +5,7 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 """
 
 import json
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -31,8 +32,8 @@ from env.recognizer import Recognizer
 from env.seeds import derive_seed
 from learner.learner import LearnerConfig, first_priorities
 from learner.packing import MaskPacking
-from learner.replay.codec import encode
-from learner.replay.connection import connect, retrying
+from learner.replay.codec import PayloadError, encode
+from learner.replay.connection import connect
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, ReplayConfig
 from learner.replay.shards import open_replay
@@ -40,6 +41,8 @@ from learner.replay.weights import WeightStore
 from learner.sequence import SequenceConfig, cut
 
 __all__ = ["Brief", "Player", "Services", "new_controller"]
+
+_log = logging.getLogger("zeroout")
 
 _PATIENCE_S = 120.0  # a worker sits out a Redis that is away for so long, and loses nothing
 
@@ -151,9 +154,7 @@ class Player:
             on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
         )
         if chosen.group == "search":
-            items = list(self._items(claimed, played))
-            # a full server is waited for: the episode is dear
-            retrying(lambda: self.services.replay.insert(items), _PATIENCE_S, url=self.brief.redis_url)
+            self.services.replay.insert(list(self._items(claimed, played)))
         record = episode_record(
             chosen,
             played,
@@ -179,7 +180,11 @@ class Player:
                 self.services.ledger.release(episode, owner)
 
     def _pull_weights(self) -> None:
-        newer = self.services.weights.pull(self._version)
+        try:
+            newer = self.services.weights.pull(self._version)
+        except PayloadError as error:  # the learner replaces them when it publishes next
+            _log.warning("weights: what is stored cannot be read, those of version %d stay: %s", self._version, error)
+            return
         if newer is not None:
             self._version = newer[0]
             self._controller.load_state_dict(load_tensors(newer[1]))

@@ -54,8 +54,10 @@ The ways:
   rllib     RLlib's LSTM-DQN Learner.update (Ray 2.60, new API stack) with uniform EpisodeReplayBuffer, n_step 1, no
             burn-in, 80 steps; at the paper's shape alone, in a process of its own
 
-Rounds are interleaved, in turning order; a ratio is of the times of the same round. One thread of torch. The floor of
-the paper's shape is written in the table: operations of the LSTM alone, and what a large matrix product gives.
+Rounds are interleaved, in turning order; a ratio is of the times of the same round. In its turn each way makes one
+update that is not timed, then some that are, and the pipeline is let run empty before the next way's turn. One thread
+of torch: `whole` has the other core for fetching, decoding and the server, `bare` has no use for it. The floor of the
+paper's shape is written on the page: operations of the LSTM alone, and what a large matrix product gives.
 
 examples:
   python -m benchmarks.learner                  both shapes, all ways
@@ -97,7 +99,7 @@ def paper(precision: str) -> Shape:
         sequences=SequenceConfig(burn_in=40, unroll_length=80, sequence_period=40),
         learner=LearnerConfig(batch_size=64, n_step=5, learning_rate=1e-4, precision=precision),
         episode=episode,
-        updates=1,
+        updates=2,
     )
 
 
@@ -141,8 +143,8 @@ SHAPES: dict[str, Callable[[str], Shape]] = {"paper": paper, "campaign": campaig
 
 
 @contextlib.contextmanager
-def ways(shape: Shape, device: torch.device) -> Iterator[dict[str, Callable[[], object]]]:
-    """What makes one update, by way."""
+def ways(shape: Shape, device: torch.device) -> Iterator[tuple[dict[str, Callable[[], object]], Callable[[], None]]]:
+    """What makes one update, by way, and what waits for the pipeline to have nothing left to do."""
     random = np.random.default_rng(0)
     sequences = [s for _ in range(48) for s in cut(shape.episode(random), shape.sequences, shape.packing)]
     items = [Item(str(number), encode(sequence), 1.0) for number, sequence in enumerate(sequences)]
@@ -151,11 +153,12 @@ def ways(shape: Shape, device: torch.device) -> Iterator[dict[str, Callable[[], 
         serial, inner = (Replay(client, "bench", config, np.random.default_rng(seed)) for seed in (1, 2))
         serial.insert(items)
         with PipelinedReplay(inner, shape.learner.batch_size) as pipelined:
-            yield {
+            made = {
                 "whole": learner_of(shape, pipelined, device).update,
                 "serial": learner_of(shape, serial, device).update,
                 "bare": bare(shape, sequences, device),
             }
+            yield made, pipelined.flush
 
 
 def learner_of(shape: Shape, replay: Any, device: torch.device) -> Learner:
@@ -268,20 +271,35 @@ class RLlib:
 
 
 def timed(
-    made: Mapping[str, Callable[[], object]], shape: Shape, rounds: int, device: torch.device, rllib: RLlib | None
+    made: Mapping[str, Callable[[], object]],
+    shape: Shape,
+    rounds: int,
+    device: torch.device,
+    rllib: RLlib | None,
+    finish: Callable[[], None],
 ) -> dict[str, list[float]]:
-    """Seconds of an update by way, one figure for each round after a first that is thrown away."""
+    """Seconds of an update by way, one figure for each round after a first that is thrown away.
+
+    `finish` waits for what is still being fetched, so that it is not done in another way's time.
+    """
     times: dict[str, list[float]] = {name: [] for name in made}
     if rllib is not None:
         times["rllib"] = []
     names = list(times)
     for number in range(rounds + 1):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            spent = rllib.seconds() if name == "rllib" and rllib else once(made[name], shape.updates, device)
+            spent = rllib.seconds() if name == "rllib" and rllib else sustained(made[name], shape.updates, device)
+            finish()
             if number:
                 times[name].append(spent)
         print(f"  round {number} of {rounds}: " + ", ".join(f"{n} {t[-1]:.4f} s" for n, t in times.items() if t))
     return times
+
+
+def sustained(update: Callable[[], object], updates: int, device: torch.device) -> float:
+    """Seconds of one update in the middle of a run: one more goes before, in whose time the first sample is fetched."""
+    once(update, 1, device)
+    return once(update, updates, device)
 
 
 def once(update: Callable[[], object], updates: int, device: torch.device) -> float:
@@ -386,8 +404,8 @@ def main() -> None:
         shape = SHAPES[name](given.precision)
         rllib = RLlib() if name == "paper" and not (given.quick or given.no_rllib) else None
         print(name, flush=True)
-        with ways(shape, device) as made:
-            measured[name] = timed(made, shape, rounds, device, rllib if rllib and rllib.works else None)
+        with ways(shape, device) as (made, finish):
+            measured[name] = timed(made, shape, rounds, device, rllib if rllib and rllib.works else None, finish)
         if rllib is not None:
             rllib.close()
         if name == "paper":

@@ -1,7 +1,8 @@
 """Checkpoints that survive a crash: written beside, hashed, renamed; the newest valid one loads.
 
 A checkpoint is a folder `update-00000120/` with `state.pt` and, written last, `manifest.json` with its size and
-sha256. A folder without a manifest, or whose file does not match it, is no checkpoint.
+sha256. A folder without a manifest, or whose file does not match it, is no checkpoint. One with as many updates as
+another comes after it, as `update-00000120.1/`: nothing is removed before what replaces it is there.
 """
 
 import hashlib
@@ -40,15 +41,13 @@ def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
     torch.save(state, buffer)
     data = buffer.getvalue()
     manifest = {"updates": updates, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    final = folder / f"update-{updates:08d}"
+    final = _free(folder, f"update-{updates:08d}")
     partial = folder / f".{final.name}.{os.getpid()}"
     try:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write(partial / "state.pt", data)
         _write(partial / "manifest.json", json.dumps(manifest).encode())
-        if final.exists():
-            shutil.rmtree(final)
         partial.rename(final)
         sync(folder)
     except OSError as error:
@@ -63,17 +62,30 @@ def save(folder: Path, state: dict[str, Any], updates: int) -> Path:
     return final
 
 
+def _free(folder: Path, name: str) -> Path:
+    """The first of NAME, NAME.1, NAME.2, ... that comes after all that are there."""
+    taken = [_place(path) for path in folder.glob(f"{name}*")]
+    number = max(taken)[1] + 1 if taken else 0
+    return folder / (f"{name}.{number}" if number else name)
+
+
+def _place(path: Path) -> tuple[str, int]:
+    """What checkpoints are sorted by: the number of updates as text, then which one of them."""
+    name, _, number = path.name.partition(".")
+    return name, int(number) if number.isdigit() else 0
+
+
 def _clear(folder: Path, newest: Path) -> None:
     """Remove all but the last `_KEPT` up to `newest`, and what killed processes left half written."""
-    found = sorted(folder.glob("update-*"))
-    kept = [path for path in found if path <= newest][-_KEPT:]
+    found = sorted(folder.glob("update-*"), key=_place)
+    kept = [path for path in found if _place(path) <= _place(newest)][-_KEPT:]
     for path in {*found, *folder.glob(".update-*")}.difference(kept):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def load_newest(folder: Path) -> dict[str, Any] | None:
     """The newest valid state, or None when there is none; each invalid one is named in the log."""
-    for path in sorted(folder.glob("update-*"), reverse=True):
+    for path in sorted(folder.glob("update-*"), key=_place, reverse=True):
         try:
             return _load(path)
         except _NOT_VALID as error:

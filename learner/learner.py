@@ -83,6 +83,9 @@ class SequenceReplay(Protocol):
     def update(self, keys: list[str], priorities: np.ndarray) -> int:
         """Write new priorities back; returns how many sequences were still there."""
 
+    def reject(self, keys: list[str]) -> int:
+        """Remove sequences that are of no use; returns how many."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class UpdateReport:
@@ -108,7 +111,7 @@ class Learner:
 
     Attributes:
         updates: updates made.
-        skipped: updates not made because a loss or gradient was not finite, or a sequence not one of ours.
+        skipped: updates not made because a loss or gradient was not finite.
 
     """
 
@@ -138,28 +141,30 @@ class Learner:
         sample = self.replay.sample(self.config.batch_size)
         if sample is None:
             return None
-        batch = self._collated(sample)
-        if batch is None:
+        sound = self._collated(sample)
+        if sound is None:
             return None
-        step = self.learn(batch, torch.as_tensor(sample.weights, dtype=torch.float32).to(self._device))
-        if step is None:
-            self._skip(sample.keys, "the loss or a gradient is not finite; lower learner.learning_rate and resume")
+        places, batch = sound
+        keys = [sample.keys[place] for place in places]
+        weights = torch.as_tensor(np.asarray(sample.weights)[places], dtype=torch.float32)
+        report, priorities = self.learn(batch, weights.to(self._device))
+        if report is None:
+            self._skip(keys, priorities)
             return None
-        report, priorities = step
         self._bad_in_a_row = 0
-        self.replay.update(sample.keys, priorities.double().cpu().numpy())
+        self.replay.update(keys, priorities.double().cpu().numpy())
         return report
 
-    def learn(self, batch: Batch, weights: Tensor) -> tuple[UpdateReport, Tensor] | None:
+    def learn(self, batch: Batch, weights: Tensor) -> tuple[UpdateReport | None, Tensor]:
         """One update on a batch that is there already: the report and the new priorities [B].
 
-        None, and nothing changed, when the loss or a gradient is not finite.
+        No report, and nothing changed, when the loss or a gradient is not finite.
         """
         with self._autocast():
             loss, priorities = self.loss(batch, weights)
         norm = self._step(loss)
         if norm is None:
-            return None
+            return None, priorities
         self.updates += 1
         if self.updates % self.config.target_update_period == 0:
             self.target.load_state_dict(self.controller.state_dict())
@@ -172,16 +177,20 @@ class Learner:
         )
         return report, priorities
 
-    def _collated(self, sample: SampledSequences) -> Batch | None:
-        """The batch, or None where a sequence is not one of ours; that one is hardly ever drawn again."""
-        try:
-            hidden = self.controller.hidden_size
-            return collate(sample.arrays, self.sequences, self.packing, hidden=hidden).to(self._device)
-        except ForeignSequenceError as error:
-            key = sample.keys[error.index]
-            self.replay.update([key], np.zeros(1))
-            self._skip([key], error.problem)
-            return None
+    def _collated(self, sample: SampledSequences) -> tuple[list[int], Batch] | None:
+        """The sequences that are ours, as places in the sample and as a batch; the others are removed."""
+        places, hidden = list(range(len(sample.keys))), self.controller.hidden_size
+        while places:
+            try:
+                arrays = [sample.arrays[place] for place in places]
+                return places, collate(arrays, self.sequences, self.packing, hidden=hidden).to(self._device)
+            except ForeignSequenceError as error:
+                self._remove([sample.keys[places.pop(error.index)]], error.problem)
+        return None
+
+    def _remove(self, keys: list[str], problem: str) -> None:
+        _log.warning("learner: removed from the replay: %s (%s)", ", ".join(keys), problem)
+        self.replay.reject(keys)
 
     def loss(self, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The R2D2 loss [] of a batch, and its sequences' new priorities [B]."""
@@ -220,14 +229,20 @@ class Learner:
             found.append(q_discrepancy(trained[place], network.q_all(judged, here)[0])[mine].mean().item())
         return found[0], found[1]
 
-    def _skip(self, keys: list[str], reason: str) -> None:
+    def _skip(self, keys: list[str], priorities: Tensor) -> None:
+        """Count an update that was not made, and remove the sequences whose errors are what made it impossible."""
         self.skipped += 1
         self._bad_in_a_row += 1
-        _log.warning("learner: update skipped (%s)", reason)
+        beyond = (~priorities.square().isfinite()).tolist()  # as the loss squares errors
+        culprits = [key for key, bad in zip(keys, beyond, strict=True) if bad]
+        named, reason = culprits or keys, "the loss or a gradient is not finite"
+        _log.warning("learner: update skipped on sequences %s: %s", ", ".join(named), reason)
+        if culprits:
+            self._remove(culprits, "no finite loss")
         if self._bad_in_a_row >= self.config.max_bad_updates:
             raise NonFiniteError(
                 f"learner: {self._bad_in_a_row} updates in a row were skipped, the last on sequences "
-                f"{', '.join(keys[:4])}: {reason}"
+                f"{', '.join(named[:4])}: {reason}; lower learner.learning_rate and resume"
             )
 
     def state_dict(self) -> dict[str, Any]:
@@ -238,6 +253,7 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "skipped": self.skipped,
+            "bad_in_a_row": self._bad_in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -246,6 +262,7 @@ class Learner:
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.skipped = state["updates"], state["skipped"]
+        self._bad_in_a_row = state["bad_in_a_row"]
 
 
 @torch.no_grad()

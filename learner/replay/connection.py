@@ -38,11 +38,22 @@ _REPEATED = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, Respon
 # redis-py derives these two from ConnectionError, but no waiting mends them.
 _LASTING = (AuthenticationError, AuthorizationError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
-_PAUSE_CAP_S = 0.5  # of redis-py's own repetitions
+_PAUSE_CAP_S, _LEAST_REPEATED = 0.5, 2  # of redis-py's own repetitions
 
 
 class _Retry(Retry):
-    """redis-py's retries; a refused password is not offered again and again, a server busy with a script is."""
+    """redis-py's retries up to a deadline, and of what passes only.
+
+    A full or busy server is waited for, a refused password is not offered again and again.
+    """
+
+    def __init__(self, patience_s: float) -> None:
+        backoff = ExponentialWithJitterBackoff(base=_FIRST_PAUSE_S, cap=_PAUSE_CAP_S)
+        super().__init__(backoff, -1, _REPEATED)  # as often as the deadline allows
+        self._patience_s = patience_s
+
+    def __deepcopy__(self, memo: Any) -> "_Retry":
+        return _Retry(self._patience_s)
 
     def call_with_retry(
         self,
@@ -51,8 +62,13 @@ class _Retry(Retry):
         is_retryable: Callable[[Exception], bool] | None = None,
         with_failure_count: bool = False,
     ) -> _T:
+        start, failures = time.monotonic(), 0
+
         def passing(error: Exception) -> bool:
-            if isinstance(error, _LASTING) or (isinstance(error, ResponseError) and not _is_busy(error)):
+            nonlocal failures
+            failures += 1
+            over = time.monotonic() - start > self._patience_s and failures > _LEAST_REPEATED
+            if over or isinstance(error, _LASTING) or not (isinstance(error, _PASSING) or _is_busy(error)):
                 return False
             return is_retryable is None or is_retryable(error)
 
@@ -62,18 +78,12 @@ class _Retry(Retry):
 def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
     """Return a client of bytes for redis://, rediss:// or unix:// (lazy: nothing is sent yet).
 
-    It waits 5 s for a connection and 10 s for an answer, and repeats a failed command for about `patience_s`, at
-    least 5 times, so whatever is sent must be idempotent. Raises UserError when the URL is not one.
+    It waits 5 s for a connection and 10 s for an answer, and repeats a failed command for about `patience_s`, so
+    whatever is sent must be idempotent. Raises UserError when the URL is not one.
     """
-    backoff = ExponentialWithJitterBackoff(base=_FIRST_PAUSE_S, cap=_PAUSE_CAP_S)
-    retries = max(5, round(patience_s / _PAUSE_CAP_S))  # all but the first few pauses are as long as the cap
     try:
         return redis.Redis.from_url(
-            url,
-            socket_connect_timeout=5,
-            socket_timeout=10,
-            health_check_interval=30,
-            retry=_Retry(backoff, retries, _REPEATED),
+            url, socket_connect_timeout=5, socket_timeout=10, health_check_interval=30, retry=_Retry(patience_s)
         )
     except ValueError as error:
         raise UserError(

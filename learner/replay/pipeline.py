@@ -37,6 +37,7 @@ class _Replay(Protocol):
 
     def sample(self, batch_size: int) -> Sample | None: ...
     def update(self, keys: Sequence[str], priorities: Sequence[float] | npt.NDArray[Any]) -> int: ...
+    def reject(self, keys: Sequence[str]) -> int: ...
     def stats(self) -> ReplayStats: ...
 
 
@@ -83,7 +84,13 @@ class PipelinedReplay:
         """
         self._raise_failure()
         values = np.array(priorities, np.float64)  # a copy: the learner may use its memory again
-        self._put(partial(self._update, list(keys), values))
+        self._put(partial(self._write, partial(self._replay.update, list(keys), values)))
+        return len(keys)
+
+    def reject(self, keys: Sequence[str]) -> int:
+        """Remove sampled `keys`, behind; returns how many there are."""
+        self._raise_failure()
+        self._put(partial(self._write, partial(self._replay.reject, list(keys))))
         return len(keys)
 
     def stats(self) -> ReplayStats:
@@ -136,9 +143,9 @@ class PipelinedReplay:
             raise RuntimeError("the replay pipeline is closed")
         self._commands.put(command)
 
-    def _update(self, keys: list[str], priorities: npt.NDArray[np.float64]) -> None:
+    def _write(self, command: Callable[[], int]) -> None:
         try:
-            self._replay.update(keys, priorities)
+            command()
         except Exception as error:  # raised in the learner's thread
             self._failures.put(error)
 

@@ -9,6 +9,7 @@ local FIELDS = {
   'batch',
 }
 local AT_ONCE = 4000 -- values in one command: Lua's `unpack` ends at 8000
+local MOST = 1e24 -- above every count, sum of weights and time
 local NAMED = 20 -- damaged sequences whose names are returned
 local state, stored, size = {}, {}, 0 -- the fields as they are now and as they stand in the key; sequences held
 local damaged, damaged_count = {}, 0
@@ -29,7 +30,9 @@ local function write(command, key, values)
   end
 end
 
--- Read all fields; returns the name of one that is no number, or nil.
+-- Read all fields; returns the name of one that is no number, or nil. A number that no replay can have come to is as
+-- good as lost: it counts as 0, and what can be summed anew is.
+local credible = true
 local function read_state()
   local values = redis.call('HMGET', STATE, unpack(FIELDS))
   for i, field in ipairs(FIELDS) do
@@ -38,7 +41,11 @@ local function read_state()
     if not finite(state[field]) then
       return field
     end
+    if field ~= 'total_low' and not (state[field] >= 0 and state[field] < MOST) then
+      state[field], credible = 0, false
+    end
   end
+  credible = credible and math.abs(state.total_low) <= 1e-9 * state.total
 end
 
 -- Write the fields that have changed.
@@ -237,4 +244,4 @@ if unreadable then
   return redis.error_reply('UNREADABLE ' .. unreadable)
 end
 size = redis.call('ZCARD', AGE)
-local untouched = is_even() and state.size == size
+local untouched = credible and is_even() and state.size == size and (size == 0 or state.total > 0)

@@ -24,7 +24,7 @@ _log = logging.getLogger(__name__)
 _TYPES = {"clock": "zset", "data": "hash", "weight": "hash", "age": "zset", "ids": "hash", "state": "hash"}
 _SCRIPTS = ("insert", "sample", "update", "reject")
 _COUNTERS = ("size", "bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch", "generation", "total")
-_KEEP_RESULT_S = 60  # far above the time in which redis-py repeats a command
+_KEEP_RESULT_S = 900  # far above the time for which a worker repeats a command
 
 
 Counts = dict[str, float]

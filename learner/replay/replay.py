@@ -15,7 +15,7 @@ In Redis, under `{prefix}:replay:`, where a *key* is `generation:id` and a gener
     clock   sorted set  key -> time of the next ring       data    hash  key -> payload
     age     sorted set  key -> generation                  weight  hash  key -> "w bytes"
     state   hash        counters, now, total weight        ids     hash  id -> generation
-    last:*  string      a caller's last request and its result, for a minute
+    last:*  string      a caller's last request and its result, for a while
 
 A server is shared, so any value may be foreign or damaged. A sequence that is not whole is removed and counted as
 rejected, and the rest goes on; a key of the wrong type, or a counter that is no number, is the user's to mend.
@@ -227,6 +227,11 @@ class Replay:
             found += int(self.race.run("update", *args))
         return found
 
+    def reject(self, keys: Sequence[str]) -> int:
+        """Remove sampled `keys` that turned out to be of no use, and count them as rejected; returns how many."""
+        times = Counter(keys)
+        return int(self.race.run("reject", *(value for pair in times.items() for value in pair))) if times else 0
+
     def stats(self) -> ReplayStats:
         """Return the counters, all of one moment; may be called from any thread."""
         return stats_of(self._config, self.counts())
@@ -261,18 +266,18 @@ class Replay:
         self, keys: list[bytes], probabilities: list[bytes], payloads: list[bytes | None]
     ) -> Iterator[tuple[str, float, dict[str, npt.NDArray[Any]]]]:
         """Yield (key, probability, arrays) of what decodes, and take the other draws back."""
-        taken_back: Counter[str] = Counter()
+        taken_back: Counter[bytes] = Counter()
         for name, probability, payload in zip(keys, probabilities, payloads, strict=True):
-            key = name.decode()
             if payload is None:  # evicted since it was drawn
-                taken_back[key] += 1
+                taken_back[name] += 1
                 continue
             try:
-                arrays = decode(payload)
-            except PayloadError as error:
-                if key not in taken_back:
-                    _log.warning("replay: sequence %s does not decode and is removed: %s", key, error)
-                taken_back[key] += 1
+                key, arrays = name.decode(), decode(payload)
+            except (PayloadError, UnicodeDecodeError) as error:
+                if name not in taken_back:
+                    shown = name.decode(errors="backslashreplace")
+                    _log.warning("replay: sequence %s does not decode and is removed: %s", shown, error)
+                taken_back[name] += 1
             else:
                 yield key, float(probability), arrays
         if taken_back:

@@ -122,14 +122,19 @@ class ShardedReplay:
         values = np.asarray(priorities, np.float64)
         if values.shape != (len(keys),):
             raise ValueError(f"priorities must have the shape of keys ({len(keys)},), got {values.shape}")
-        parts: dict[int, list[int]] = {}
-        for place, key in enumerate(keys):
-            parts.setdefault(int(key.partition("/")[0]), []).append(place)
         found = 0
-        for i, places in sorted(parts.items()):
+        for i, places in _by_shard(keys):
             names = [keys[place].partition("/")[2] for place in places]
             found += self._of_shard(i, partial(self._replays[i].update, names, values[places])) or 0
         return found
+
+    def reject(self, keys: Sequence[str]) -> int:
+        """Remove sampled `keys`, as `Replay.reject`."""
+        removed = 0
+        for i, places in _by_shard(keys):
+            names = [keys[place].partition("/")[2] for place in places]
+            removed += self._of_shard(i, partial(self._replays[i].reject, names)) or 0
+        return removed
 
     def stats(self) -> ReplayStats:
         """Return the counters summed over all shards that can be read; may be called from any thread."""
@@ -194,6 +199,14 @@ class ShardedReplay:
         if len(self._left_out) == len(self._replays):
             self._left_out.clear()  # each may have been mended when the next call comes
             raise error
+
+
+def _by_shard(keys: Sequence[str]) -> list[tuple[int, list[int]]]:
+    """Return (shard, places in `keys` of those that are there), by shard."""
+    parts: dict[int, list[int]] = {}
+    for place, key in enumerate(keys):
+        parts.setdefault(int(key.partition("/")[0]), []).append(place)
+    return sorted(parts.items())
 
 
 def _of_one_shard(config: ReplayConfig) -> ReplayConfig:

@@ -4,14 +4,18 @@ The payload (from `safetensors.torch.save`) is opaque here; it lies in the frame
 version, so that a damaged or foreign value is refused before anything tries to load it.
 """
 
+import logging
 from typing import Any
 
 import redis
+from redis.exceptions import ResponseError
 
 from learner.replay.codec import PayloadError, seal, unseal
 from learner.replay.connection import namespace, script
 
 __all__ = ["WeightStore"]
+
+_log = logging.getLogger(__name__)
 
 _MAGIC = b"ZOWT"
 _MAX_BYTES = 512 << 20  # Redis's own limit of a string
@@ -22,33 +26,53 @@ class WeightStore:
 
     def __init__(self, client: redis.Redis, prefix: str) -> None:
         tag = namespace(prefix)
+        self._client = client
         self._keys = [f"{tag}:weights:{name}" for name in ("version", "newest")]
         self._publish, self._pull = script(client, "publish.lua"), script(client, "pull.lua")
 
     def publish(self, version: int, payload: bytes) -> bool:
         """Make `payload` the weights of `version` (>= 0); True when that is now the newest version.
 
-        A version that is not above the newest one changes nothing, so a repeated call is harmless.
+        A version that is not above the newest one changes nothing, so a repeated call is harmless; but what is stored
+        and cannot be read is replaced, whatever version it claims.
         """
         if version < 0:
             raise ValueError(f"version must be >= 0, got {version}")
         sealed = seal(_MAGIC, version, payload)
         if len(sealed) > _MAX_BYTES:
             raise ValueError(f"payload must fit into {_MAX_BYTES} bytes with its header, got {len(payload)}")
-        newest = self._publish(keys=self._keys, args=[version, sealed])
-        return int(newest) == version
+        if self._published(version, sealed):
+            return True
+        try:
+            self.pull(-1)
+        except PayloadError as error:
+            _log.warning("weights: what was stored cannot be read and is replaced: %s", error)
+            self._client.delete(*self._keys)
+            return self._published(version, sealed)
+        return False
+
+    def _published(self, version: int, sealed: bytes) -> bool:
+        newest: Any = self._publish(keys=self._keys, args=[version, sealed])
+        return bool(newest == str(version).encode())
 
     def pull(self, newer_than: int) -> tuple[int, bytes] | None:
         """Return (version, payload) of the newest weights, or None when `newer_than` is as new.
 
         `newer_than=-1` takes any version. Raises PayloadError when the stored value is damaged.
         """
-        answer: Any = self._pull(keys=self._keys, args=[newer_than])
-        return None if answer is None else _opened(int(answer[0]), answer[1])
+        try:
+            answer: Any = self._pull(keys=self._keys, args=[newer_than])
+        except ResponseError as error:
+            if "WRONGTYPE" not in str(error):
+                raise
+            raise PayloadError("weights", expected="two strings", got="a key of another type") from error
+        return None if answer is None else _opened(answer[0], answer[1])
 
 
-def _opened(version: int, sealed: bytes | None) -> tuple[int, bytes]:
+def _opened(version: bytes, sealed: bytes | None) -> tuple[int, bytes]:
     found, body = unseal(_MAGIC, sealed or b"", max_bytes=_MAX_BYTES)
-    if found != version:
-        raise PayloadError("weights", expected=f"version {version}", got=f"version {found}")
-    return version, bytes(body)
+    if str(found).encode() != version:
+        raise PayloadError(
+            "weights", expected=f"version {version[:20].decode(errors='backslashreplace')}", got=f"version {found}"
+        )
+    return found, bytes(body)

@@ -89,10 +89,28 @@ def test_the_newest_one_loads(tmp_path: Path) -> None:
     assert loaded(tmp_path) == 100
 
 
-def test_the_same_number_saved_again_replaces_the_first(tmp_path: Path) -> None:
-    first = checkpoint.save(tmp_path, state(3), 7)
-    assert checkpoint.save(tmp_path, state(5), 7) == first == tmp_path / "update-00000007"
-    assert loaded(tmp_path) == 5
+def test_the_same_number_saved_again_comes_after_the_first(tmp_path: Path) -> None:
+    for value in range(12):
+        checkpoint.save(tmp_path, state(value), 7)
+        assert loaded(tmp_path) == value
+    assert names(tmp_path) == ["update-00000007.10", "update-00000007.11", "update-00000007.9"]
+    checkpoint.save(tmp_path, state(20), 8)
+    assert loaded(tmp_path) == 20
+
+
+def test_a_disk_that_is_full_when_the_same_number_is_saved_again_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint.save(tmp_path, state(3), 7)
+
+    def full(path: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "rename", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(tmp_path, state(5), 7)
+    monkeypatch.undo()
+    assert loaded(tmp_path) == 3
 
 
 def test_its_manifest_tells_size_and_hash(tmp_path: Path) -> None:

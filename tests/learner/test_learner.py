@@ -45,6 +45,7 @@ class MemoryReplay:
     draws: int = 0
     whole: bool = False  # always everything, in order
     priorities: list[tuple[list[str], list[float]]] = field(default_factory=list)
+    rejected: list[str] = field(default_factory=list)
 
     def sample(self, batch_size: int) -> Sample | None:
         if not self.sequences:
@@ -58,6 +59,10 @@ class MemoryReplay:
 
     def update(self, keys: list[str], priorities: np.ndarray) -> int:
         self.priorities.append((keys, priorities.tolist()))
+        return len(keys)
+
+    def reject(self, keys: list[str]) -> int:
+        self.rejected += keys
         return len(keys)
 
 
@@ -445,50 +450,81 @@ def poisoned() -> list[Arrays]:
     return sequences
 
 
-def test_a_nan_reward_is_skipped_and_counted_and_its_sequence_loses_its_priority() -> None:
-    learning = learner(poisoned(), whole=True)
+def test_a_poisoned_sequence_is_removed_and_the_rest_of_its_batch_learned_from(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learning, clean = learner(poisoned(), whole=True), learner(whole=True)
+    assert isinstance(learning.replay, MemoryReplay)
+    assert isinstance(clean.replay, MemoryReplay)
+    clean.replay.sequences = [sequence for i, sequence in enumerate(poisoned()) if i != 1]
+    assert learning.update() is not None
+    assert clean.update() is not None
+    assert equal(weights_of(learning.controller), weights_of(clean.controller))
+    assert learning.replay.rejected == ["7:1"]
+    assert "7:1 (rewards: expected finite numbers, got NaN or infinity)" in caplog.text
+    ((keys, priorities),) = learning.replay.priorities
+    assert keys == [f"7:{i}" for i in range(len(poisoned())) if i != 1]
+    assert priorities == clean.replay.priorities[0][1]
+    assert (learning.updates, learning.skipped) == (1, 0)
+
+
+def test_a_batch_of_foreign_sequences_alone_is_removed_and_the_next_one_asked_for() -> None:
+    foreign = [{"rewards": np.zeros(3, np.float32)} for _ in range(5)]
+    learning = learner(foreign, whole=True, max_bad_updates=1)
     before = weights_of(learning.controller)
     assert learning.update() is None
-    assert (learning.updates, learning.skipped) == (0, 1)
+    assert isinstance(learning.replay, MemoryReplay)
+    assert sorted(learning.replay.rejected) == [f"7:{i}" for i in range(5)]
     assert equal(weights_of(learning.controller), before)
     assert not learning.optimizer.state_dict()["state"]
-    assert isinstance(learning.replay, MemoryReplay)
-    assert learning.replay.priorities == [(["7:1"], [0.0])]
     learning.replay.sequences = cut(episode(), SEQUENCES)
     assert learning.update() is not None
 
 
-def test_after_max_bad_updates_in_a_row_an_error_names_the_sequences_and_why() -> None:
-    learning = learner(poisoned(), whole=True, max_bad_updates=3)
+def test_after_max_bad_updates_in_a_row_an_error_names_the_sequences_and_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    learning = learner(cut(episode(), SEQUENCES), whole=True, max_bad_updates=3)
+    next(learning.controller.parameters()).register_hook(lambda gradient: gradient * math.nan)
     before = weights_of(learning.controller)
     assert [learning.update() for _ in range(2)] == [None, None]
-    with pytest.raises(NonFiniteError, match=r"3 updates in a row .* on sequences 7:1: rewards: .* got NaN") as caught:
+    assert "update skipped on sequences 7:0, 7:1, 7:2: the loss or a gradient is not finite" in caplog.text
+    with pytest.raises(NonFiniteError, match=r"3 updates in a row .* on sequences 7:0, 7:1, 7:2: .*lower") as caught:
         learning.update()
     assert "\n" not in str(caught.value)
     assert learning.skipped == 3
+    assert isinstance(learning.replay, MemoryReplay)
+    assert learning.replay.rejected == []  # no sequence alone is to blame
     assert equal(weights_of(learning.controller), before)
 
 
 def test_a_good_update_ends_the_row_of_bad_ones() -> None:
-    learning = learner(poisoned(), whole=True, max_bad_updates=2)
+    learning = learner(overflowing(), whole=True, max_bad_updates=2)
     assert isinstance(learning.replay, MemoryReplay)
     for _ in range(3):
-        learning.replay.sequences = poisoned()
+        learning.replay.sequences = overflowing()
         assert learning.update() is None
         learning.replay.sequences = cut(episode(), SEQUENCES)
         assert learning.update() is not None
     assert (learning.updates, learning.skipped) == (3, 3)
 
 
-def test_a_loss_that_overflows_is_skipped_and_nothing_is_written_back() -> None:
+def overflowing() -> list[Arrays]:
     sequences = cut(episode(), SEQUENCES)
-    sequences[0]["rewards"][:] = 1e38
-    learning = learner(sequences, whole=True, max_bad_updates=2)
+    rewards = sequences[0]["rewards"].copy()
+    rewards[0] = 1e38  # its step is that sequence's alone
+    sequences[0]["rewards"] = rewards
+    return sequences
+
+
+def test_a_sequence_whose_loss_overflows_is_named_and_removed_and_nothing_is_written_back() -> None:
+    learning = learner(overflowing(), whole=True, max_bad_updates=2, priority_eta=1.0)
     before = weights_of(learning.controller)
     assert learning.update() is None
-    with pytest.raises(NonFiniteError, match=r"on sequences 7:0, 7:1, .*not finite; lower learner.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"on sequences 7:0: .*not finite; lower learner.learning_rate"):
         learning.update()
     assert isinstance(learning.replay, MemoryReplay)
+    assert learning.replay.rejected == ["7:0", "7:0"]
     assert learning.replay.priorities == []
     assert equal(weights_of(learning.controller), before)
 

@@ -303,3 +303,53 @@ def test_a_thousand_damaged_sequences_are_one_line_in_the_log(
     ]
     assert replay.stats().rejected == 1000
     assert_consistent(client, prefix)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("total", "-5"), ("total", "0"), ("total", "1e300"), ("total_low", "7"), ("sampled", "1e300"),
+        ("inserted", "-1e300"), ("generation", "1e300"), ("bytes", "-1"), ("now", "-1e300"), ("now", "1e300"),
+    ],
+)  # fmt: skip
+def test_a_counter_that_no_replay_can_have_is_summed_anew(
+    make: Any, client: redis.Redis, under: Any, prefix: str, field: str, value: str
+) -> None:
+    replay = make(capacity_sequences=4)
+    replay.insert(_items({1: 1.0, 2: 3.0, 3: 4.0}))
+    client.hset(under("state"), field, value)
+    for draw in range(3):
+        sample = replay.sample(5)
+        assert sample is not None
+        assert {round(p, 12) for p in sample.probabilities.tolist()} <= {1 / 8, 3 / 8, 4 / 8}
+        assert replay.update(sample.keys, [weights_of(client, prefix)[key] for key in sample.keys]) == 5
+        assert replay.insert([Item("s1", _PAYLOAD, 1.0)]) == 1, draw
+    replay.insert(_items({4: 1.0, 5: 1.0}))  # evicts one
+    assert replay.stats().size == 4
+    assert_consistent(client, prefix)
+
+
+def test_a_foreign_sequence_whose_name_is_no_text_is_removed(make: Any, client: redis.Redis, under: Any) -> None:
+    replay = make()
+    replay.insert(_items({1: 1.0}))
+    key = b"2:\xff\xfe"
+    client.hset(under("data"), key, _PAYLOAD)
+    client.hset(under("weight"), key, b"1000 %d" % len(_PAYLOAD))
+    client.zadd(under("clock"), {key: 0.0})
+    client.zadd(under("age"), {key: 2})
+    client.hset(under("ids"), b"\xff\xfe", 2)
+    client.hset(under("state"), mapping={"generation": 2, "inserted": 2, "total": 1001})
+    sample = replay.sample(6)
+    assert sample is not None
+    assert set(sample.keys) == {"1:s1"}
+    assert replay.stats().rejected == 1
+
+
+def test_rejected_sequences_are_gone_and_counted(make: Any, client: redis.Redis, prefix: str) -> None:
+    replay = make()
+    replay.insert(_items({1: 1.0, 2: 1.0, 3: 1.0}))
+    assert replay.reject([]) == 0
+    assert replay.reject(["2:s2", "2:s2", "9:s9"]) == 1
+    stats = replay.stats()
+    assert (stats.size, stats.rejected) == (2, 1)
+    assert_consistent(client, prefix)

@@ -50,3 +50,24 @@ def test_a_poisoned_value_is_refused(store: WeightStore, client: redis.Redis, pr
 def test_a_negative_version_is_an_error(store: WeightStore) -> None:
     with pytest.raises(ValueError, match="version must be >= 0, got -1"):
         store.publish(-1, b"")
+
+
+@pytest.mark.parametrize(
+    ("version", "newest"),
+    [(b"4", b"garbage"), (b"1000000000", b"garbage"), (b"none", b"garbage"), (b"1000000000", None), (None, None)],
+)
+def test_what_cannot_be_read_is_refused_and_replaced_by_the_next_publication(
+    store: WeightStore, client: redis.Redis, prefix: str, version: bytes | None, newest: bytes | None
+) -> None:
+    store.publish(4, b"four")
+    for name, value in (("version", version), ("newest", newest)):
+        key = f"{{{prefix}}}:weights:{name}"
+        client.delete(key)
+        if value is not None:
+            client.set(key, value)
+        elif version is None:
+            client.lpush(key, b"a list")
+    with pytest.raises(PayloadError):
+        store.pull(3)
+    assert store.publish(5, b"five")
+    assert store.pull(3) == (5, b"five")
