@@ -1,5 +1,4 @@
 import json
-import math
 import threading
 import time
 from dataclasses import replace
@@ -91,9 +90,9 @@ def test_when_nothing_but_bad_sequences_come_the_last_good_weights_are_saved_and
     sample = replay.sample(1)
     assert sample is not None
     poisoned = {name: array.copy() for name, array in sample.arrays[0].items()}
-    poisoned["rewards"][:] = math.nan
+    poisoned["rewards"][:] = 1e38  # finite, but its square is not
     replay.update(sample.keys, np.zeros(1))
-    replay.insert([Item(f"bad{number}", encode(poisoned), 1e6) for number in range(3)])
+    replay.insert([Item(f"bad{number}", encode(poisoned), 1e6) for number in range(9)])
     trainer = Trainer(learning, tmp_path)
     with pytest.raises(NonFiniteError, match=r"2 updates in a row were skipped, the last on sequences .*bad\d"):
         trainer.run()
