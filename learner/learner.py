@@ -253,7 +253,6 @@ class Learner:
             "optimizer": self.optimizer.state_dict(),
             "updates": self.updates,
             "skipped": self.skipped,
-            "bad_in_a_row": self._bad_in_a_row,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -262,7 +261,6 @@ class Learner:
         self.target.load_state_dict(state["target"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.updates, self.skipped = state["updates"], state["skipped"]
-        self._bad_in_a_row = state["bad_in_a_row"]
 
 
 @torch.no_grad()
