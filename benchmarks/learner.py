@@ -25,6 +25,7 @@ from agents.controller import Controller, ControllerConfig
 from agents.discrete import Argmax, DiscreteConfig, DiscreteNetwork
 from agents.ladder import Ladder
 from agents.network import ActionRule, QNetwork
+from benchmarks.step import cpu_name
 from deploy.redis_server import EmbeddedServer
 from env.channels import ChannelPlan
 from env.importance import FEATURES
@@ -396,7 +397,7 @@ def main() -> None:
     device, rounds = torch.device(given.device), 2 if given.quick else given.rounds
     measured: dict[str, dict[str, list[float]]] = {}
     about = [
-        f"{platform.machine()}, {os.cpu_count()} cores, load at the start {os.getloadavg()[0]:.1f}; device {device}, "
+        f"{cpu_name()}, {os.cpu_count()} cores, load at the start {os.getloadavg()[0]:.1f}; device {device}, "
         f"precision {given.precision}, one thread; torch {torch.__version__}, Python {platform.python_version()}; "
         f"n {rounds}; float32 matrix product {matmul_gflops(device):.0f} GFLOP/s."
     ]
@@ -410,7 +411,7 @@ def main() -> None:
             rllib.close()
         if name == "paper":
             about.append(f"Floor of the paper's shape: its LSTM alone is {lstm_gflop(shape):.0f} GFLOP an update.")
-    text = report(measured, "\n".join(about), "python -m benchmarks.learner " + " ".join(sys.argv[1:]))
+    text = report(measured, "\n".join(about), " ".join(["python -m benchmarks.learner", *sys.argv[1:]]))
     print(text)
     if not given.quick:
         stem = f"learner-{device.type}" + ("" if given.precision == "float32" else f"-{given.precision}")
