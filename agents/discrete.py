@@ -68,12 +68,20 @@ class Argmax:
 
 
 class EpsilonGreedy:
-    """Plays a network for one episode; with probability `epsilon` an action drawn uniformly."""
+    """Plays a network for one episode; with probability `epsilon` an action drawn uniformly.
 
-    def __init__(self, network: DiscreteNetwork, *, epsilon: float = 0.0, seed: int = 0) -> None:
-        self._network, self._epsilon = network, epsilon
+    Where `longest_repeat` is above 1, a drawn action is repeated: n times with a probability proportional to n ** -2,
+    at most so often (Dabney et al. 2021, "Temporally-Extended epsilon-Greedy Exploration"). So it walks where drawing
+    anew each time would only tremble.
+    """
+
+    def __init__(
+        self, network: DiscreteNetwork, *, epsilon: float = 0.0, seed: int = 0, longest_repeat: int = 1
+    ) -> None:
+        self._network, self._epsilon, self._longest_repeat = network, epsilon, longest_repeat
         self._random = np.random.default_rng(seed)
         self._state = network.initial_state()
+        self._drawn, self._left = np.int64(0), 0  # an action, and how often it is still to be repeated
 
     @property
     def recurrent_state(self) -> RecurrentState:
@@ -85,6 +93,10 @@ class EpsilonGreedy:
         """The action for an observation whose "vector" is float32 [D]."""
         seen = torch.as_tensor(observation["vector"]).view(1, 1, -1)
         judgement, self._state = self._network(seen, self._state)
-        if self._random.random() < self._epsilon:
-            return np.int64(self._random.integers(self._network.config.actions))
+        if self._left == 0 and self._random.random() < self._epsilon:
+            self._drawn = np.int64(self._random.integers(self._network.config.actions))
+            self._left = min(int(self._random.zipf(2.0)), self._longest_repeat) if self._longest_repeat > 1 else 1
+        if self._left > 0:
+            self._left -= 1
+            return self._drawn
         return np.int64(judgement.advantage.argmax())

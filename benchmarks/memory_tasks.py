@@ -22,6 +22,7 @@ import torch
 from actors.play import play
 from actors.schedule import ScheduleConfig, epsilon_ladder
 from agents.discrete import Argmax, DiscreteConfig, DiscreteNetwork, EpsilonGreedy
+from benchmarks.step import cpu_name
 from deploy.redis_server import EmbeddedServer
 from env.seeds import derive_seed
 from learner.learner import Learner, LearnerConfig, first_priorities
@@ -40,7 +41,8 @@ The tasks:
   cartpole  Gymnasium's CartPole-v1 with both velocities hidden: cart position and pole angle are all that is seen.
             To reach: mean return >= 450 (of 500) over 100 greedy episodes.
   tmaze     The T-maze of Bakker 2002 ("Reinforcement Learning with Long Short-Term Memory"), corridor of 20: the first
-            observation alone says whether to turn up or down at the far end. To reach: 98 of 100 right.
+            observation alone says whether to turn up or down at the far end. To reach: 98 of 100 right. Exploratory
+            actions are repeated (Dabney et al. 2021): drawn one by one, one seed of five never came to the junction.
 
 The arms: `memory`, and `zeroed`, the same learner whose recurrent state is zeroed before every step, in playing and in
 learning; it has the same number of updates and is meant to fail.
@@ -126,6 +128,7 @@ class Task:
     learner: LearnerConfig
     sequences: SequenceConfig
     replay: ReplayConfig
+    longest_repeat: int = 1  # of an exploratory action
 
 
 TASKS: dict[str, Task] = {
@@ -159,6 +162,7 @@ TASKS: dict[str, Task] = {
         ),
         sequences=SequenceConfig(burn_in=10, unroll_length=30, sequence_period=15),
         replay=ReplayConfig(capacity_sequences=5_000, replay_ratio=32.0, replay_ratio_tolerance=64.0, min_sequences=50),
+        longest_repeat=20,  # to and fro costs nothing, and single steps seldom find the junction
     ),
 }
 
@@ -222,7 +226,12 @@ class Trial:
     def _play(self) -> None:
         number = self.run.episodes
         epsilon = epsilon_ladder(number % LADDER.actors, LADDER)
-        actor = EpsilonGreedy(self.network, epsilon=epsilon, seed=derive_seed(self.seed, "explore", number))
+        actor = EpsilonGreedy(
+            self.network,
+            epsilon=epsilon,
+            seed=derive_seed(self.seed, "explore", number),
+            longest_repeat=self.task.longest_repeat,
+        )
         trace = play(self.env, actor, seed=derive_seed(self.seed, "play", number) % 2**31)
         sequences = cut(trace, self.task.sequences, self.packing)
         priorities = first_priorities(
@@ -255,7 +264,8 @@ def settings_of(name: str) -> dict[str, Any]:
     """What a result depends on, so that another one is not taken for it."""
     task = TASKS[name]
     parts = {"learner": task.learner, "sequences": task.sequences, "replay": task.replay}
-    return {**{key: asdict(value) for key, value in parts.items()}, "updates": task.updates, "mark": task.mark}
+    limits = {"updates": task.updates, "mark": task.mark, "longest_repeat": task.longest_repeat}
+    return {**{key: asdict(value) for key, value in parts.items()}, **limits}
 
 
 def run_one(job: tuple[str, str, int]) -> Run:
@@ -336,7 +346,7 @@ def table(runs: list[dict[str, Any]]) -> str:
         "",
         "`python -m benchmarks.memory_tasks` (`--help` says what the tasks and arms are)",
         "",
-        f"{platform.machine()}, {os.cpu_count()} cores, one thread a run; torch {torch.__version__}, gymnasium "
+        f"{cpu_name()}, {os.cpu_count()} cores, one thread a run; torch {torch.__version__}, gymnasium "
         f"{gym.__version__}, Python {platform.python_version()}. Every run's settings lie in its JSON file beside.",
         "",
         "Test score: mean of 100 greedy episodes on fresh seeds (return for cartpole, share of right turns for tmaze); "

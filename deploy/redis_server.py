@@ -333,7 +333,7 @@ def _command(program: Path, path: Path) -> list[str]:
         # what it has acknowledged when it is killed. With "no" it always writes first; the syncs are the supervisor's.
         "appendonly": "yes", "appendfsync": "no", "save": "", "maxmemory-policy": "noeviction",
         # Payloads are numbers, which hardly compress; a log that is rewritten often takes the disk from everyone else.
-        "rdbcompression": "no", "auto-aof-rewrite-min-size": "256mb",
+        "rdbcompression": "no", "auto-aof-rewrite-min-size": "1gb",
         "dir": ".", "logfile": "redis.log",
     }  # fmt: skip
     return [str(program), *(word for name, value in options.items() for word in (f"--{name}", value))]

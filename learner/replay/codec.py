@@ -63,10 +63,11 @@ def encode(arrays: Mapping[str, npt.NDArray[Any]]) -> bytes:
     Raises PayloadError when a dtype is not in the allow-list (uint8, bool, int16, int32, int64, float16,
     float32), a name is empty or above 255 bytes, or all names and shapes together take above 16 KiB.
     """
-    given = {name: np.asarray(array) for name, array in arrays.items()}
-    table, as_stored = _table(tuple((name, array.dtype, array.shape) for name, array in given.items()))
+    given = [(name, np.asarray(array)) for name, array in arrays.items()]
+    table, as_stored = _table(tuple([(name, array.dtype, array.shape) for name, array in given]))
     elements = [
-        array.astype(dtype, copy=False).tobytes() for array, dtype in zip(given.values(), as_stored, strict=True)
+        (array if dtype is None else array.astype(dtype)).tobytes()
+        for (_, array), dtype in zip(given, as_stored, strict=True)
     ]
     return seal(_MAGIC, len(table), b"".join((table, *elements)))
 
@@ -130,13 +131,16 @@ def _checksum(head: bytes, body: bytes | memoryview) -> int:
 
 
 @lru_cache(_TABLES)
-def _table(arrays: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...]) -> tuple[bytes, tuple[np.dtype[Any], ...]]:
-    """Return the table of arrays of these names, dtypes and shapes, and the dtype that each of them is stored in."""
+def _table(
+    arrays: tuple[tuple[str, np.dtype[Any], tuple[int, ...]], ...],
+) -> tuple[bytes, tuple[np.dtype[Any] | None, ...]]:
+    """Return the table of arrays of these names, dtypes and shapes, and what dtype each must be brought to first."""
     table = b"".join(_entry(name, dtype, shape) for name, dtype, shape in arrays)
     if len(table) > _MAX_TABLE_BYTES:
         expected, got = f"at most {_MAX_TABLE_BYTES} bytes", f"{len(table)} for {len(arrays)} arrays"
         raise PayloadError("names and shapes", expected=expected, got=got)
-    return table, tuple(_DTYPES[_CODES[dtype.name]] for _, dtype, _ in arrays)
+    stored = [_DTYPES[_CODES[dtype.name]] for _, dtype, _ in arrays]
+    return table, tuple(None if dtype == as_is else dtype for dtype, (_, as_is, _) in zip(stored, arrays, strict=True))
 
 
 def _entry(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:

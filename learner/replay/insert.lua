@@ -32,7 +32,7 @@ for n, i in ipairs(new) do
   local first, second = 2 * n - 1, 2 * n
   data[first], data[second] = key, payload
   records[first], records[second] = key, weight .. ' ' .. #payload
-  clocks[first], clocks[second] = exact(state.now + tonumber(ARGV[i + 2]) / tonumber(weight)), key
+  clocks[first], clocks[second] = state.now + tonumber(ARGV[i + 2]) / tonumber(weight), key
   ages[first], ages[second] = generation, key
   generations[first], generations[second] = id, generation
   state.bytes = state.bytes + #payload

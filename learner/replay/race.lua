@@ -14,16 +14,12 @@ local NAMED = 20 -- damaged sequences whose names are returned
 local state, stored, size = {}, {}, 0 -- the fields as they are now and as they stand in the key; sequences held
 local damaged, damaged_count = {}, 0
 
--- Lua would print 14 digits; 17 bring a double back exactly.
-local function exact(number)
-  return string.format('%.17g', number)
-end
-
 local function finite(number)
   return number and number - number == 0
 end
 
--- Call `command key values...` for any number of values, in pairs where the command takes pairs.
+-- Call `command key values...` for any number of values, in pairs where the command takes pairs. `redis.call` writes
+-- numbers with 17 digits, which bring a double back exactly.
 local function write(command, key, values)
   for i = 1, #values, AT_ONCE do
     redis.call(command, key, unpack(values, i, math.min(i + AT_ONCE - 1, #values)))
@@ -57,7 +53,7 @@ local function write_state()
   end
   for _, field in ipairs(FIELDS) do
     if state[field] ~= stored[field] then
-      values[#values + 1], values[#values + 2] = field, exact(state[field])
+      values[#values + 1], values[#values + 2] = field, state[field]
     end
   end
   write('HSET', STATE, values)
@@ -232,7 +228,7 @@ local function turn_back_if_worn()
   end
   local clocks, turned = redis.call('ZRANGE', CLOCK, 0, -1, 'WITHSCORES'), {}
   for i = 1, #clocks, 2 do
-    turned[i], turned[i + 1] = exact(math.max(0, tonumber(clocks[i + 1]) - state.now)), clocks[i]
+    turned[i], turned[i + 1] = math.max(0, tonumber(clocks[i + 1]) - state.now), clocks[i]
   end
   write('ZADD', CLOCK, turned)
   state.now = 0

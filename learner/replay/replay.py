@@ -294,12 +294,13 @@ class Replay:
 
     def _weights_of(self, priorities: list[float]) -> list[float]:
         values = np.array(priorities, np.float64)
-        bad = ~(np.isfinite(values) & (values >= 0))
-        if bad.any():
-            i = int(bad.argmax())
+        if not (len(values) == 0 or (values.min() >= 0 and values.max() < math.inf)):  # NaN is neither
+            i = next(i for i, value in enumerate(priorities) if not 0 <= value < math.inf)
             raise ValueError(f"priorities must be finite and >= 0, got {priorities[i]} at index {i}")
-        with np.errstate(over="ignore"):  # what overflows is clipped as well
-            weights: list[float] = np.clip(values**self._config.priority_exponent, _MIN_WEIGHT, _MAX_WEIGHT).tolist()
+        # What overflows is cut off as well.
+        with np.errstate(over="ignore"):
+            powers = values**self._config.priority_exponent
+        weights: list[float] = np.minimum(np.maximum(powers, _MIN_WEIGHT), _MAX_WEIGHT).tolist()
         return weights
 
 

@@ -68,7 +68,7 @@ for draw = 1, k do
   end
   state.now = math.max(state.now, ring[i])
   ring[i] = state.now + tonumber(ARGV[waits + draw]) / weights[i]
-  names[draw], probabilities[draw] = keys[i], exact(math.min(1, weights[i] / state.total))
+  names[draw], probabilities[draw] = keys[i], string.format('%.17g', math.min(1, weights[i] / state.total))
   if ring[i] <= horizon then
     local at = pending
     while at > 0 and ring[again[at]] < ring[i] do
@@ -80,7 +80,7 @@ end
 
 local wound = {}
 for i = 1, next_candidate - 1 do
-  wound[2 * i - 1], wound[2 * i] = exact(ring[i]), keys[i]
+  wound[2 * i - 1], wound[2 * i] = ring[i], keys[i]
 end
 write('ZADD', CLOCK, wound)
 state.sampled = state.sampled + k

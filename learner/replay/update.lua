@@ -51,7 +51,7 @@ turn_back_if_worn()
 for i, key in ipairs(here) do
   -- The exponential has no memory: what was left of the old clock may be thrown away.
   local at = place[key]
-  clocks[2 * i - 1], clocks[2 * i] = exact(state.now + tonumber(ARGV[at + 2]) / tonumber(ARGV[at + 1])), key
+  clocks[2 * i - 1], clocks[2 * i] = state.now + tonumber(ARGV[at + 2]) / tonumber(ARGV[at + 1]), key
 end
 write('HSET', WEIGHT, records)
 write('ZADD', CLOCK, clocks)

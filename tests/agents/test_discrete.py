@@ -1,6 +1,8 @@
+import itertools
 from collections import Counter
 
 import numpy as np
+import pytest
 import torch
 
 from agents.discrete import Argmax, DiscreteConfig, DiscreteNetwork, EpsilonGreedy
@@ -9,10 +11,10 @@ from agents.network import Judgement
 torch.set_num_threads(1)
 
 
-def network(*, memory: bool = True, seed: int = 0) -> DiscreteNetwork:
+def network(*, memory: bool = True, seed: int = 0, actions: int = 3) -> DiscreteNetwork:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return DiscreteNetwork(DiscreteConfig(inputs=2, actions=3, hidden_size=5, memory=memory))
+        return DiscreteNetwork(DiscreteConfig(inputs=2, actions=actions, hidden_size=5, memory=memory))
 
 
 def test_q_is_value_plus_advantage_less_its_mean() -> None:
@@ -60,3 +62,14 @@ def test_epsilon_is_the_share_of_drawn_actions_and_the_state_goes_on_either_way(
     assert [int(one.act(seen)) for _ in range(20)] == [int(same.act(seen)) for _ in range(20)]
     torch.testing.assert_close(EpsilonGreedy(made).recurrent_state, made.initial_state())
     assert bool(greedy.recurrent_state[0].any())
+
+
+def test_drawn_actions_are_repeated_with_the_square_law_up_to_the_longest() -> None:
+    seen = {"vector": np.array([1.0, -1.0], np.float32)}
+    explorer = EpsilonGreedy(network(actions=50), epsilon=1.0, seed=5, longest_repeat=4)
+    runs = [len(list(run)) for _, run in itertools.groupby(int(explorer.act(seen)) for _ in range(8000))]
+    # Two draws in a row fall on the same of 50 actions in 2 % of cases: the tolerance allows for that.
+    shares = [runs.count(length) / len(runs) for length in (1, 2, 3, 4)]
+    law = [1.0 / n**2 / (np.pi**2 / 6) for n in (1, 2, 3)]
+    assert shares == pytest.approx([*law, 1.0 - sum(law)], abs=0.035)
+    assert EpsilonGreedy(network(), longest_repeat=4).act(seen) == EpsilonGreedy(network()).act(seen)
