@@ -54,6 +54,7 @@ _log = logging.getLogger(__name__)
 # A weight of 0 would never be drawn and never be mended; beyond 1e12 the sum has no digits left for the others.
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
+_NAMED = 3  # sequences of a batch that are named when they do not decode
 _INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
 
 
@@ -267,6 +268,7 @@ class Replay:
     ) -> Iterator[tuple[str, float, dict[str, npt.NDArray[Any]]]]:
         """Yield (key, probability, arrays) of what decodes, and take the other draws back."""
         taken_back: Counter[bytes] = Counter()
+        damaged: dict[bytes, Exception] = {}
         for name, probability, payload in zip(keys, probabilities, payloads, strict=True):
             if payload is None:  # evicted since it was drawn
                 taken_back[name] += 1
@@ -274,12 +276,15 @@ class Replay:
             try:
                 key, arrays = name.decode(), decode(payload)
             except (PayloadError, UnicodeDecodeError) as error:
-                if name not in taken_back:
-                    shown = name.decode(errors="backslashreplace")
-                    _log.warning("replay: sequence %s does not decode and is removed: %s", shown, error)
+                damaged[name] = error
                 taken_back[name] += 1
             else:
                 yield key, float(probability), arrays
+        for name, error in list(damaged.items())[:_NAMED]:
+            shown = name.decode(errors="backslashreplace")
+            _log.warning("replay: sequence %s does not decode and is removed: %s", shown, error)
+        if len(damaged) > _NAMED:
+            _log.warning("replay: %d more sequences do not decode and are removed", len(damaged) - _NAMED)
         if taken_back:
             self.race.run("reject", *(value for pair in taken_back.items() for value in pair))
 
