@@ -24,7 +24,7 @@ from replay_worker import BATCH, BATCHES, UPDATES, WRITERS
 
 from deploy.redis_server import EmbeddedServer
 from env.errors import UserError
-from learner.replay.codec import encode
+from learner.replay.codec import FORMAT_VERSION, encode
 from learner.replay.connection import connect, retrying
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, Replay, ReplayConfig
@@ -235,7 +235,10 @@ def test_two_learners_and_eight_writers_lose_nothing(redis_url: str, prefix: str
         _assert_proportional(client, prefix)
 
 
-@pytest.mark.parametrize(("version", "words"), [(0, "an older Zeroout wrote it"), (2, "a newer Zeroout wrote it")])
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [(FORMAT_VERSION - 1, "an older Zeroout wrote it"), (FORMAT_VERSION + 1, "a newer Zeroout wrote it")],
+)
 def test_another_format_version_is_removed_with_a_clear_message(
     client: redis.Redis, prefix: str, version: int, words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -244,8 +247,6 @@ def test_another_format_version_is_removed_with_a_clear_message(
     other[4:6] = struct.pack("<H", version)
     replay.insert([Item("ours", _payload(), 1.0), Item("other", bytes(other), 3.0)])
     assert set(_keys(replay, 50)) == {"1:ours"}
-    assert (
-        f"sequence 2:other does not decode and is removed: payload's format version: expected 1, got {version}; {words}"
-        in (caplog.text)
-    )
+    found = f"payload's format version: expected {FORMAT_VERSION}, got {version}; {words}"
+    assert f"sequence 2:other does not decode and is removed: {found}" in caplog.text
     assert replay.stats().rejected == 1
