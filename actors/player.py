@@ -15,13 +15,13 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 
+from actors.deciders import decider, next_candidate
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, rollout
 from actors.schedule import EpisodeOrder, ScheduleConfig, order
 from agents.controller import Controller, ControllerConfig
-from agents.cross_entropy import next_offsets
 from agents.ladder import Ladder
-from agents.policies import ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic
+from agents.policies import ControllerPolicy, Policy, Shadowed
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes
 from env.compression import CompressionEnv, EpisodeConfig
@@ -40,7 +40,7 @@ from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import SequenceConfig, cut
 
-__all__ = ["Brief", "Player", "Services", "new_controller"]
+__all__ = ["Brief", "Player", "Services", "fresh_controller"]
 
 _log = logging.getLogger("zeroout")
 
@@ -81,6 +81,10 @@ class Brief:
         """How observations and actions travel; what the Controller does not read stays behind."""
         return MaskPacking(plan.units, len(FEATURES) if self.controller.observation == "features" else 0)
 
+    def fresh_controller(self, plan: ChannelPlan) -> Controller:
+        """The Controller before any learning."""
+        return fresh_controller(self.controller, plan, self.measure.name, seed=self.seed)
+
     def network(self) -> torch.nn.Module:
         """The baseline, on the CPU."""
         return network_from_bytes(self.baseline, self.form)
@@ -97,11 +101,11 @@ class Services:
         self.replay = open_replay([client], brief.prefix, brief.replay, generator)
 
 
-def new_controller(brief: Brief, plan: ChannelPlan) -> Controller:
-    """The campaign's Controller before any learning; the same for every worker."""
+def fresh_controller(config: ControllerConfig, plan: ChannelPlan, measure: str, *, seed: int) -> Controller:
+    """A campaign's Controller before any learning; the same for every worker."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(brief.seed, "controller"))
-        return Controller(brief.controller, plan)
+        torch.manual_seed(derive_seed(seed, "controller"))
+        return Controller(config, plan, measure)
 
 
 class Player:
@@ -129,8 +133,7 @@ class Player:
         self.env = CompressionEnv(recognizer, brief.episode, features=True, seed=brief.seed)
         self.plan, self.ladder = recognizer.plan, brief.ladder(recognizer.plan)
         self.services = Services(brief, name)
-        self._fresh = new_controller(brief, self.plan).eval()
-        self._controller = new_controller(brief, self.plan).eval()
+        self._fresh, self._controller = (brief.fresh_controller(self.plan).eval() for _ in range(2))
         self._version = 0
         self._give_back()
 
@@ -145,7 +148,8 @@ class Player:
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
         self._pull_weights()
         since = time.perf_counter()
-        offsets = self._offsets(chosen)
+        records = (json.loads(record) for record in ledger.records(0))
+        offsets = next_candidate(chosen, records, len(self.plan.layers))
         played = rollout(
             self.env,
             self._policy(chosen, offsets),
@@ -161,9 +165,8 @@ class Player:
             actor=self.name,
             seconds=time.perf_counter() - since,
             weights_version=self._version if chosen.policy == "controller" else 0,
+            offsets=offsets,
         )
-        if offsets is not None:
-            record["offsets"] = offsets.tolist()
         ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form)))
         return record
 
@@ -189,23 +192,10 @@ class Player:
             self._version = newer[0]
             self._controller.load_state_dict(load_tensors(newer[1]))
 
-    def _offsets(self, chosen: EpisodeOrder) -> np.ndarray | None:
-        """What the cross-entropy method plays next, float64 [L]; None for everyone else."""
-        if chosen.policy != "cem":
-            return None
-        records = (json.loads(record) for record in self.services.ledger.records(0))
-        finished = [(np.array(r["offsets"]), r["return"]) for r in records if r["policy"] == "cem"]
-        return next_offsets(finished, len(self.plan.layers), seed=chosen.seed)
-
     def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None) -> Policy:
-        if chosen.policy in ("controller", "controller-untrained"):
-            network = self._controller if chosen.policy == "controller" else self._fresh
-            return ControllerPolicy(network, epsilon=chosen.epsilon, sigma=chosen.sigma, seed=chosen.seed)
-        if offsets is not None:
-            policy: Policy = LayerOffsets(self.plan, torch.from_numpy(offsets))
-        else:
-            policy = heuristic(chosen.policy, self.plan, seed=chosen.seed)
-        return Shadowed(policy, self._controller)
+        network = self._fresh if chosen.policy == "controller-untrained" else self._controller
+        policy = decider(chosen, self.plan, self.brief.measure.name, controller=network, offsets=offsets)
+        return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, self._controller)
 
     def _on_step(self, episode: int, step: int, compression: float, accuracy: float) -> None:
         self.services.ledger.renew(episode, self.name, self.brief.lease_s)

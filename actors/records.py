@@ -35,9 +35,15 @@ def candidates(chosen: EpisodeOrder, played: Rollout, form: NetworkForm) -> Iter
 
 
 def episode_record(
-    chosen: EpisodeOrder, played: Rollout, *, actor: str, seconds: float, weights_version: int = 0
+    chosen: EpisodeOrder,
+    played: Rollout,
+    *,
+    actor: str,
+    seconds: float,
+    weights_version: int = 0,
+    offsets: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """The episode's line in episodes.jsonl."""
+    """The episode's line in episodes.jsonl; `offsets`, where the cross-entropy method played it, are what it tried."""
     return {
         "id": chosen.episode,
         "group": chosen.group,
@@ -55,6 +61,7 @@ def episode_record(
         "finished": time.time(),
         "curve": [[round(c, 6), round(a, 6)] for c, a in played.curve],
         "targets": [_point(point) for point in _measured(played)],
+        **({} if offsets is None else {"offsets": offsets.tolist()}),
     }
 
 

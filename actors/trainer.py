@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as save_tensors
 
-from actors.player import Brief, Services, new_controller
+from actors.player import Brief, Services
 from env.channels import ChannelPlan
 from env.errors import NonFiniteError
 from learner import checkpoint
@@ -41,7 +41,7 @@ class Trainer:
         self.services = Services(brief, "learner")
         self.replay = PipelinedReplay(self.services.replay, brief.learner.batch_size)
         self.learner = Learner(
-            new_controller(brief, plan),
+            brief.fresh_controller(plan),
             brief.ladder(plan),
             self.replay,
             brief.learner,

@@ -8,10 +8,12 @@ et al. 2016, carried over to sets):
 and the greedy action is the ranking by advantage, cut at the next waypoint (agents/ladder.py).
 
 Two Controllers, one config. `mask` is the source's: (accuracy, compression, keep_mask) in, one advantage a filter
-out. `features`, the default, judges every filter with one shared head; its advantage is minus the log Taylor score
-plus a residual that starts at zero, so that on its first day it plays Taylor.
+out. `features`, the default, judges every filter with one shared head; its advantage is a prior plus a residual that
+starts at zero. The prior is minus the log of the filter's Taylor score for each parameter (or MAC, or byte) that goes
+with it, so that on its first day the Controller plays that rule.
 """
 
+import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,9 +24,11 @@ from agents.network import Judgement, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
+from env.measure import log_freed
 
 __all__ = ["Controller", "ControllerConfig", "Observations", "set_value"]
 
+_LOG_FREED_SCALE = 5.0  # brings it to about [-2, 0]
 _SOFT_LIMIT = 5.0  # natural-log units; filters that do nothing at all would otherwise dominate every mean
 
 
@@ -36,6 +40,7 @@ class ControllerConfig:
     hidden_size: int = 64  # of the LSTM
     filter_size: int = 32  # of the head that all filters share
     advantage_scale: float = 0.1  # natural-log units of score to units of reward
+    cost_exponent: float = 1.0  # of what a filter frees, in the prior: 1 is Taylor per parameter, 0 Taylor alone
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
@@ -45,6 +50,10 @@ class ControllerConfig:
                 expected="features | mask",
                 got=repr(self.observation),
                 remedy="choose one of them",
+            )
+        if not 0.0 <= self.cost_exponent < math.inf:
+            raise UserError(
+                "controller.cost_exponent", expected="at least 0", got=repr(self.cost_exponent), remedy="1 is usual"
             )
         for name in ("hidden_size", "filter_size"):
             if getattr(self, name) < 1:
@@ -89,14 +98,15 @@ class Controller(QNetwork):
     Args:
         config: sizes and kind of observation.
         plan: the Recognizer's units.
+        measure: what compression is counted in, one of `env.channels.MEASURES`.
 
     """
 
     layer_of: Tensor
 
-    def __init__(self, config: ControllerConfig, plan: ChannelPlan) -> None:
+    def __init__(self, config: ControllerConfig, plan: ChannelPlan, measure: str = "parameters") -> None:
         super().__init__()
-        self.config, self.plan, self.hidden_size = config, plan, config.hidden_size
+        self.config, self.plan, self.measure, self.hidden_size = config, plan, measure, config.hidden_size
         layers, hidden = len(plan.layers), config.hidden_size
         self.register_buffer("layer_of", plan.layer_of, persistent=False)
         picture = plan.units if config.observation == "mask" else layers
@@ -153,18 +163,11 @@ class Controller(QNetwork):
         taylor = within_network[..., 0]
         layer_mean = _layer_mean(taylor * alive, self.layer_of, kept)[..., self.layer_of]
         within_layer = (taylor - layer_mean) * alive
-        per_layer = torch.stack([alive_share, self._log_cost(kept), self._depth(kept)], dim=-1)
+        freed = log_freed(self.measure, self.plan, kept)
+        per_layer = torch.stack([alive_share, freed / _LOG_FREED_SCALE, self._depth(kept)], dim=-1)
         shared = [per_layer[..., self.layer_of, :], seen.compression[..., None, None].expand(*alive.shape, 1)]
         inputs = torch.cat([within_network, within_layer[..., None], *shared], dim=-1)
-        return -taylor, inputs
-
-    def _log_cost(self, kept: Tensor) -> Tensor:
-        """Log of the share of today's parameters that one filter of each layer would free: float32 [T, B, L]."""
-        layers = kept.shape[-1]
-        without = (kept[..., None, :] - torch.eye(layers, dtype=torch.int64, device=kept.device)).clamp(min=0)
-        now = self.plan.parameters(kept)[..., None].float()
-        freed = now - self.plan.parameters(without).float()
-        return (freed / now).clamp(min=1e-6).log() / 5.0  # brought to about [-2, 0]
+        return self.config.cost_exponent * freed[..., self.layer_of] - taylor, inputs
 
     def _depth(self, kept: Tensor) -> Tensor:
         layers = kept.shape[-1]

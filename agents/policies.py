@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from agents.ladder import Ladder
 from agents.network import RecurrentState
 from env.channels import ChannelPlan
 from env.importance import FEATURES
+from env.measure import log_freed
 
 __all__ = ["HEURISTICS", "Climber", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
 
@@ -42,9 +44,25 @@ class _Memoryless:
         self.rank = rank
 
 
-def heuristic(name: str, plan: ChannelPlan, *, seed: int) -> Policy:
-    """One of `HEURISTICS`, by name; `seed` matters to the random ones alone."""
-    return _Memoryless(HEURISTICS[name](plan, torch.Generator().manual_seed(seed)))
+@dataclass(frozen=True)
+class _Given:
+    """What a heuristic is made from."""
+
+    plan: ChannelPlan
+    generator: torch.Generator
+    measure: str
+
+    def normal(self, sigma: float) -> Tensor:
+        """A number for each layer, float32 [L]."""
+        return sigma * torch.randn(len(self.plan.layers), generator=self.generator)
+
+
+def heuristic(name: str, plan: ChannelPlan, *, seed: int, measure: str = "parameters") -> Policy:
+    """One of `HEURISTICS`, by name.
+
+    `seed` matters to the random ones alone, `measure` (one of `env.channels.MEASURES`) to what weighs costs.
+    """
+    return _Memoryless(HEURISTICS[name](_Given(plan, torch.Generator().manual_seed(seed), measure)))
 
 
 def _column(name: str) -> Callable[[Observation], Tensor]:
@@ -52,8 +70,19 @@ def _column(name: str) -> Callable[[Observation], Tensor]:
     return lambda observation: -torch.as_tensor(observation["features"][:, index])
 
 
-def _random_filters(plan: ChannelPlan, generator: torch.Generator) -> Callable[[Observation], Tensor]:
-    return lambda _observation: torch.rand(plan.units, generator=generator)
+def _random_filters(given: _Given) -> Callable[[Observation], Tensor]:
+    return lambda _observation: torch.rand(given.plan.units, generator=given.generator)
+
+
+def _taylor_per_cost(given: _Given) -> Callable[[Observation], Tensor]:
+    """The Taylor score for each parameter (or MAC, or byte) that goes with the filter; the lowest goes first."""
+
+    def rank(observation: Observation) -> Tensor:
+        alive = torch.as_tensor(observation["keep_mask"]).bool()
+        freed = log_freed(given.measure, given.plan, given.plan.kept_per_layer(alive))
+        return _column("log_taylor")(observation) + freed[given.plan.layer_of]
+
+    return rank
 
 
 def _allocation(plan: ChannelPlan, offsets: Tensor) -> Callable[[Observation], Tensor]:
@@ -85,17 +114,14 @@ _ALLOCATION_SIGMA = 0.3
 _OFFSET_SIGMA = 0.4
 
 #: Policies that are not learned, by name.
-HEURISTICS: dict[str, Callable[[ChannelPlan, torch.Generator], Callable[[Observation], Tensor]]] = {
+HEURISTICS: dict[str, Callable[[_Given], Callable[[Observation], Tensor]]] = {
     "random-filters": _random_filters,
-    "random-allocation": lambda plan, generator: _allocation(
-        plan, torch.randn(len(plan.layers), generator=generator) * _ALLOCATION_SIGMA
-    ),
-    "uniform-l1": lambda plan, _generator: _allocation(plan, torch.zeros(len(plan.layers))),
-    "gamma": lambda _plan, _generator: _column("log_gamma"),
-    "taylor": lambda _plan, _generator: _column("log_taylor"),
-    "taylor-offsets": lambda plan, generator: (
-        LayerOffsets(plan, _OFFSET_SIGMA * torch.randn(len(plan.layers), generator=generator)).rank
-    ),
+    "random-allocation": lambda given: _allocation(given.plan, given.normal(_ALLOCATION_SIGMA)),
+    "uniform-l1": lambda given: _allocation(given.plan, torch.zeros(len(given.plan.layers))),
+    "gamma": lambda _given: _column("log_gamma"),
+    "taylor": lambda _given: _column("log_taylor"),
+    "taylor-per-cost": _taylor_per_cost,
+    "taylor-offsets": lambda given: LayerOffsets(given.plan, given.normal(_OFFSET_SIGMA)).rank,
 }
 
 

@@ -3,11 +3,14 @@
 import copy
 import time
 
+import numpy as np
+
+from actors.deciders import decider, next_candidate
+from actors.player import fresh_controller
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
-from agents.policies import heuristic
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder
@@ -39,15 +42,18 @@ def play_alone(
         if episode not in recorded:
             chosen = order(config.search, episode, seed=config.seed)
             started_s = time.perf_counter()
-            played = _play(env, chosen, config, progress)
+            offsets = next_candidate(chosen, folder.read_episodes(), len(env.plan.layers))
+            played = _play(env, chosen, offsets, config, progress)
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))
             seconds = time.perf_counter() - started_s
-            folder.append_episode([episode_record(chosen, played, actor="driver", seconds=seconds)])
+            folder.append_episode([episode_record(chosen, played, actor="driver", seconds=seconds, offsets=offsets)])
     require_candidates(folder, config)
 
 
-def _play(env: CompressionEnv, chosen: EpisodeOrder, config: CampaignConfig, progress: Progress) -> Rollout:
+def _play(
+    env: CompressionEnv, chosen: EpisodeOrder, offsets: np.ndarray | None, config: CampaignConfig, progress: Progress
+) -> Rollout:
     ladder = Ladder(
         env.plan,
         measure=env.recognizer.measure,
@@ -60,5 +66,7 @@ def _play(env: CompressionEnv, chosen: EpisodeOrder, config: CampaignConfig, pro
         done = f"episode {chosen.episode + 1} of {config.search.total}, step {step} of {len(ladder)}"
         progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
 
-    policy = heuristic(chosen.policy, env.plan, seed=chosen.seed)
+    measure = env.recognizer.measure.name
+    controller = fresh_controller(config.controller, env.plan, measure, seed=config.seed)
+    policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)

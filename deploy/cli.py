@@ -108,7 +108,9 @@ def prune(
     model: ModelOption = "",
     weights: WeightsOption = None,
     data: DataOption = "",
-    method: Annotated[str, typer.Option(help="Who ranks the filters: taylor, gamma, uniform-l1 or random.")] = "taylor",
+    method: Annotated[
+        str, typer.Option(help="Who ranks the filters: taylor-per-cost, taylor, gamma, uniform-l1 or random.")
+    ] = "taylor",
     compression: Annotated[
         list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
     ] = None,

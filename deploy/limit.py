@@ -96,9 +96,9 @@ def _probe(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any])
 
 
 def _rule(recovery: Recovery) -> str:
-    """Who prunes further: the campaign's own rule, or Taylor after a Controller."""
+    """Who prunes further: the campaign's own rule, or the Controller's prior."""
     search = recovery.config.search
-    return search.method if search.method in ("taylor", "gamma", "uniform-l1") else "taylor"
+    return search.method if search.method in ("taylor", "gamma", "uniform-l1") else "taylor-per-cost"
 
 
 def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float) -> nn.Module | None:
@@ -125,7 +125,7 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float
         waypoints=1,
         min_width=config.episode.min_width,
     )
-    ranking = heuristic(_rule(recovery), recognizer.plan, seed=seed).rank(
+    ranking = heuristic(_rule(recovery), recognizer.plan, seed=seed, measure=recognizer.measure.name).rank(
         {"features": scores.numpy(), "keep_mask": body.keep_mask.numpy()}
     )
     cut = ladder.cut(ranking[None], body.keep_mask[None], torch.zeros(1, dtype=torch.int64))[0]

@@ -125,7 +125,7 @@ class Recovery:
             return result
         self.progress.stage("recover", "the test split, once")
         records = self.folder.read_episodes()
-        compared = [self._point(self._model(facts["group"], facts["target"])) for facts in self.facts()]
+        compared = [self.point(self._model(facts["group"], facts["target"])) for facts in self.facts()]
         result = {
             "baseline": {
                 "val_accuracy": self.baseline.validation.accuracy,
@@ -146,7 +146,7 @@ class Recovery:
         """The best point of each target; with max_drop the one network that was looked for, and why it is that."""
         if self.config.has_limit:
             limit = read_json(self.folder.recovered / LIMIT)
-            points = [self._point(self.folder.path / limit["model"])] if limit["model"] else []
+            points = [self.point(self.folder.path / limit["model"])] if limit["model"] else []
             return {"points": points, "max_drop": self.config.max_drop, "limit": limit["reason"]}
         points = [
             max((p for p in compared if p["target"] == target), key=lambda point: float(point["val_accuracy"]))
@@ -154,7 +154,7 @@ class Recovery:
         ]
         return {"points": points}
 
-    def _point(self, model: Path) -> dict[str, Any]:
+    def point(self, model: Path) -> dict[str, Any]:
         """A row of result.json."""
         facts = read_json(model.with_suffix(".json"))
         network = network_from_file(str(model)).to(default_device())

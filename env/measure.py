@@ -7,7 +7,7 @@ from torch import Tensor
 
 from env.channels import MEASURES, ChannelPlan
 
-__all__ = ["Measure"]
+__all__ = ["Measure", "log_freed"]
 
 
 @dataclass(frozen=True)
@@ -24,3 +24,20 @@ class Measure:
     def compression(self, plan: ChannelPlan, kept: Tensor) -> Tensor:
         """1 - cost of the compact network / cost as given: int64 [..., L] units kept -> float64 [...]."""
         return 1.0 - plan.cost(self.name, kept).to(torch.float64) / self.given
+
+
+def log_freed(measure: str, plan: ChannelPlan, kept: Tensor) -> Tensor:
+    """Log of the share of today's cost that one filter of each layer would free.
+
+    Args:
+        measure: one of `MEASURES`.
+        plan: the network's units.
+        kept: int64 [..., L], units that are kept.
+
+    Returns:
+        float32 [..., L], at most 0; at least log(1e-6), also where nothing is left to free.
+
+    """
+    without = (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)
+    now = plan.cost(measure, kept)[..., None].float()
+    return ((now - plan.cost(measure, without).float()) / now).clamp(min=1e-6).log()

@@ -280,9 +280,9 @@ class Replay:
                 taken_back[name] += 1
             else:
                 yield key, float(probability), arrays
-        for name, error in list(damaged.items())[:_NAMED]:
+        for name, problem in list(damaged.items())[:_NAMED]:
             shown = name.decode(errors="backslashreplace")
-            _log.warning("replay: sequence %s does not decode and is removed: %s", shown, error)
+            _log.warning("replay: sequence %s does not decode and is removed: %s", shown, problem)
         if len(damaged) > _NAMED:
             _log.warning("replay: %d more sequences do not decode and are removed", len(damaged) - _NAMED)
         if taken_back:

@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 import actors.player
-from actors.player import Brief, Player, new_controller
+from actors.player import Brief, Player
 from actors.rollout import Rollout, rollout
 from actors.schedule import order
 from agents.cross_entropy import next_offsets
@@ -169,14 +169,14 @@ def test_new_weights_are_pulled_before_an_episode_and_the_record_tells_their_ver
     brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis
 ) -> None:
     player = Player("actor-0", brief, dataset)
-    learned = new_controller(brief, player.plan)
+    learned = brief.fresh_controller(player.plan)
     for parameter in learned.parameters():
         nn.init.normal_(parameter, std=0.3)
     WeightStore(client, brief.prefix).publish(7, save_tensors(learned.state_dict()))
     assert [played(player)["weights_version"] for _ in range(2)] == [0, 7]  # a teacher's, then the Controller's own
     for mine, theirs in zip(player._controller.parameters(), learned.parameters(), strict=True):
         assert torch.equal(mine, theirs)
-    for mine, theirs in zip(player._fresh.parameters(), new_controller(brief, player.plan).parameters(), strict=True):
+    for mine, theirs in zip(player._fresh.parameters(), brief.fresh_controller(player.plan).parameters(), strict=True):
         assert torch.equal(mine, theirs)
 
 
@@ -186,7 +186,7 @@ def test_every_worker_starts_from_the_same_controller_and_leaves_the_global_gene
     plan = Player("actor-0", brief, dataset).plan
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    one, other = new_controller(brief, plan), new_controller(brief, plan)
+    one, other = brief.fresh_controller(plan), brief.fresh_controller(plan)
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from agents.controller import Controller, ControllerConfig, Observations, set_value
 from agents.network import Judgement, RecurrentState
+from agents.policies import heuristic
 from env.channels import ChannelPlan
 from env.errors import UserError
 
@@ -26,9 +27,10 @@ PLAN = ChannelPlan(
 KINDS = ["features", "mask"]
 
 
-def controller(kind: str, seed: int = 0) -> Controller:
+def controller(kind: str, seed: int = 0, *, cost_exponent: float = 1.0, measure: str = "parameters") -> Controller:
     torch.manual_seed(seed)
-    return Controller(ControllerConfig(observation=kind, hidden_size=11, filter_size=6), PLAN)
+    config = ControllerConfig(observation=kind, hidden_size=11, filter_size=6, cost_exponent=cost_exponent)
+    return Controller(config, PLAN, measure)
 
 
 def observations(steps: int = 5, batch: int = 3, seed: int = 0, *, dead: float = 0.3) -> Observations:
@@ -91,21 +93,30 @@ def test_the_value_of_a_set_ignores_what_all_advantages_share() -> None:
     )
 
 
-def test_on_its_first_day_the_features_controller_ranks_as_taylor_does() -> None:
+@pytest.mark.parametrize(("exponent", "rule"), [(0.0, "taylor"), (1.0, "taylor-per-cost")])
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
+def test_on_its_first_day_the_features_controller_ranks_as_its_rule_does(
+    exponent: float, rule: str, measure: str
+) -> None:
     seen = observations()
-    judgement, _ = controller("features")(seen, (torch.randn(3, 11), torch.randn(3, 11)))
+    seen.features.clamp_(-2.0, 2.0)  # well within the soft limit, beyond which the prior is milder than the rule
+    seen.features[..., 0] += 0.01 * torch.arange(PLAN.units)  # no ties
+    made = controller("features", cost_exponent=exponent, measure=measure)
+    judgement, _ = made(seen, (torch.randn(3, 11), torch.randn(3, 11)))
     assert judgement.advantage.shape == (5, 3, 15)
+    policy = heuristic(rule, PLAN, seed=0, measure=measure)
     for time in range(5):
         for row in range(3):
-            alive = seen.keep_mask[time, row]
-            advantage, taylor = judgement.advantage[time, row][alive], seen.features[time, row, :, 0][alive]
-            assert torch.equal(advantage.argsort(descending=True), taylor.argsort())
+            alive, features = seen.keep_mask[time, row], seen.features[time, row].numpy()
+            scores = policy.rank({"keep_mask": alive.numpy(), "features": features})
+            by_rule = scores[alive].argsort(descending=True)
+            assert torch.equal(judgement.advantage[time, row][alive].argsort(descending=True), by_rule)
 
 
 def test_on_its_first_day_the_advantage_is_minus_the_centred_score_softly_limited() -> None:
     seen = observations(1, 1, dead=0.0)
     seen.features[..., 0] = torch.tensor([-20.0, 20.0] + [1.0] * 12 + [-12.0])  # mean 0
-    judgement, _ = controller("features")(seen, controller("features").initial_state())
+    judgement, _ = controller("features", cost_exponent=0.0)(seen, controller("features").initial_state())
     expected = torch.tensor([5 + torch.tensor(16.0).log(), -5 - torch.tensor(16.0).log()] + [-1.0] * 12)
     torch.testing.assert_close(judgement.advantage[0, 0, :14], expected)
     torch.testing.assert_close(judgement.advantage[0, 0, 14], 5 + torch.tensor(8.0).log())

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from env.channels import MEASURES, ChannelPlan
-from env.measure import Measure
+from env.measure import Measure, log_freed
 
 torch.set_num_threads(1)
 
@@ -36,3 +36,16 @@ def test_compression_by_hand_in_every_measure() -> None:
 def test_a_measure_that_is_none_is_refused(name: str, given: int) -> None:
     with pytest.raises(ValueError, match=name):
         Measure(name, given)
+
+
+def test_what_a_filter_frees_by_hand() -> None:
+    # one of k filters is 24 of 24 k + 4 parameters, and 292 of 292 k MACs
+    for kept in (5, 2):
+        assert log_freed("parameters", plan(), torch.tensor([kept])).exp().tolist() == pytest.approx(
+            [24 / (24 * kept + 4)]
+        )
+        assert log_freed("macs", plan(), torch.tensor([kept])).exp().tolist() == pytest.approx([1 / kept])
+    assert log_freed("parameters", plan(), torch.tensor([[0], [1]])).exp().tolist() == [
+        [pytest.approx(1e-6)],
+        [pytest.approx(24 / 28)],
+    ]

@@ -1,0 +1,46 @@
+"""Who decides in an episode: from its order to the policy that plays it.
+
+Called by the player (actors/player.py) and by campaigns that one rule plays alone (deploy/alone.py).
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+
+from actors.schedule import EpisodeOrder
+from agents.controller import Controller
+from agents.cross_entropy import next_offsets
+from agents.policies import ControllerPolicy, LayerOffsets, Policy, heuristic
+from env.channels import ChannelPlan
+
+__all__ = ["decider", "next_candidate"]
+
+
+def decider(
+    chosen: EpisodeOrder, plan: ChannelPlan, measure: str, *, controller: Controller, offsets: np.ndarray | None
+) -> Policy:
+    """Return the policy of one episode.
+
+    Args:
+        chosen: the episode.
+        plan: the network's units.
+        measure: what compression is counted in.
+        controller: plays where the order says "controller" or "controller-untrained".
+        offsets: of `next_candidate`.
+
+    """
+    if chosen.policy in ("controller", "controller-untrained"):
+        return ControllerPolicy(controller, epsilon=chosen.epsilon, sigma=chosen.sigma, seed=chosen.seed)
+    if offsets is not None:
+        return LayerOffsets(plan, torch.from_numpy(offsets))
+    return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure)
+
+
+def next_candidate(chosen: EpisodeOrder, records: Iterable[dict[str, Any]], layers: int) -> np.ndarray | None:
+    """Return what the cross-entropy method plays next, float64 [layers], given all records; None for everyone else."""
+    if chosen.policy != "cem":
+        return None
+    finished = [(np.array(record["offsets"]), record["return"]) for record in records if record["policy"] == "cem"]
+    return next_offsets(finished, layers, seed=chosen.seed)

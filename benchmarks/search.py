@@ -1,0 +1,303 @@
+"""Who finds the better small network? The Controller beside everything it has to beat, at equal budget.
+
+`python -m benchmarks.search --help` says what is compared and how.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from benchmarks.search_methods.page import write_page
+from benchmarks.step import cpu_name
+from deploy.config import CampaignConfig, dump, parse
+from deploy.folder import read_json, write_atomic
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "search"
+WORK = ROOT / ".search"
+PEERS = ("torch-pruning", "uniform")
+METHODS = (
+    "controller", "untrained", "cem", "taylor-per-cost", "taylor", "gamma", "random", *PEERS,
+)  # fmt: skip
+
+EPILOG = """\
+The methods; each seed has one baseline, trained once, and every method starts from it:
+  controller       `zeroout run`: actors on Ray, replay in Redis, the learner, every default
+  untrained        the same agent and exploration with the learner off
+  cem              the cross-entropy method over one offset per layer on the log Taylor score
+  taylor, taylor-per-cost, gamma
+                   a rule repeated with fresh minibatches; taylor-per-cost is the Controller's prior alone
+  random           a random share of each layer, L1 within
+  torch-pruning    the best on validation of five criteria, each at once and in ten steps
+  uniform          all widths multiplied alike, trained from scratch as long as the baseline
+
+All but the last two play equally many episodes, each with the same retraining; the network with the lowest
+cross-entropy on validation is then recovered, with the same epochs and seed for every method, and judged once on test.
+A method is a campaign in a folder of its own under .search/, so a run that is stopped goes on where it was; its row is
+written to benchmarks/results/search/CELL.jsonl with a fingerprint of its configuration, and is not made again while
+that stays the same. Delete the row to make it again.
+
+examples:
+  python -m benchmarks.search --data .data --seeds 5 6 7 8 9            the first cell
+  python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
+  python -m benchmarks.search --quick                                   digits, a minute or two; writes to .search/
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A network, how much of it is to go, and at what price."""
+
+    network: str
+    width: float
+    target: float
+    episodes: int
+    data: str
+    extra: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the files of results."""
+        return f"{self.network}-{self.width:g}-{self.target:g}"
+
+    def config(self, seed: int, method: str, weights: Path | None) -> CampaignConfig:
+        """The campaign of one method; of the baseline where no weights are given."""
+        overrides = [
+            f"seed={seed}",
+            f'network.name="{self.network}"',
+            f"network.width={self.width}",
+            f"network.weights={json.dumps(str(weights) if weights else '')}",
+            f"episode.targets=[{self.target}]",
+            f"search.episodes={self.episodes}",
+            *(["data.source='digits'"] if self.data == "digits" else [f"data.path={json.dumps(self.data)}"]),
+            *self.extra,
+        ]
+        if method not in ("controller", *PEERS):
+            overrides.append(f'search.method="{method}"')
+        text = QUICK if self.data == "digits" else FULL
+        return parse(text, overrides, name="benchmarks.search")
+
+
+#: One episode costs 5 to 10 s on one core.
+FULL = """
+[data]
+source = "folder"
+validation_share = 0.05
+[baseline]
+epochs = 8
+[episode]
+waypoints = 8
+step_minibatches = 4
+recovery_minibatches = 40
+step_images = 250
+score_images = 128
+[recovery]
+epochs = 5
+learning_rate = 0.05
+[cluster]
+dashboard = false
+"""
+QUICK = """
+[baseline]
+epochs = 5
+learning_rate = 0.1
+[episode]
+waypoints = 8
+step_minibatches = 2
+recovery_minibatches = 10
+[recovery]
+epochs = 2
+[cluster]
+dashboard = false
+"""
+
+
+@dataclass
+class Bench:
+    """One cell: its jobs, and the rows that are there."""
+
+    cell: Cell
+    results: Path
+    work: Path
+    deadline_s: float
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def file(self) -> Path:
+        """Where the rows lie."""
+        return self.results / f"{self.cell.name}.jsonl"
+
+    def load(self) -> None:
+        """Read the rows that are there."""
+        if self.file.is_file():
+            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    def run(self, seeds: list[int], methods: list[str], jobs: int) -> None:
+        """Make what is missing, seed by seed; the Controller's campaign has the machine for itself."""
+        for seed in seeds:
+            missing = [method for method in methods if self.row(seed, method) is None]
+            if not missing or time.time() > self.deadline_s:
+                continue
+            weights = self.baseline(seed)
+            alone = [method for method in missing if method != "controller"]
+            with ThreadPoolExecutor(jobs) as pool:
+                list(pool.map(lambda method, s=seed, w=weights: self.make(s, method, w), alone))
+            if "controller" in missing:
+                self.make(seed, "controller", weights)
+
+    def row(self, seed: int, method: str) -> dict[str, Any] | None:
+        """The row of this very configuration."""
+        print_of = self.fingerprint(seed, method)
+        found = [r for r in self.rows if (r["seed"], r["method"], r["fingerprint"]) == (seed, method, print_of)]
+        return found[-1] if found else None
+
+    def fingerprint(self, seed: int, method: str) -> str:
+        """Of the configuration, less where things lie on this machine."""
+        text = dump(self.cell.config(seed, method, None)).replace(json.dumps(self.cell.data), '""')
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def baseline(self, seed: int) -> Path:
+        """The weights that all methods of a seed start from."""
+        out = self.work / f"{self.cell.network}-{self.cell.width:g}-{seed}"
+        weights = out / "baseline" / "model.safetensors"
+        if not (out / "result.json").is_file():
+            config = self.cell.config(seed, "taylor", None)
+            # the cheapest whole campaign there is: its product here is the baseline
+            self.campaign(config, out, ["search.episodes=1", "recovery.epochs=1"], f"baseline, seed {seed}")
+        return weights.resolve()
+
+    def make(self, seed: int, method: str, weights: Path) -> None:
+        """Run one method and write its row."""
+        if time.time() > self.deadline_s:
+            return
+        config, print_of = self.cell.config(seed, method, weights), self.fingerprint(seed, method)
+        out = self.work / f"{self.cell.name}-{seed}-{method}-{print_of}"
+        since = time.perf_counter()
+        if method in PEERS:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            path = out.with_suffix(".toml")
+            write_atomic(path, dump(config))
+            module = ["-m", "benchmarks.search_methods.peers", method, str(path), "--out", str(out)]
+            self.process(module, out, f"{method}, seed {seed}")
+        else:
+            self.campaign(config, out, [], f"{method}, seed {seed}")
+        if not (out / "result.json").is_file():
+            return
+        row = row_of(out, config, method) | {
+            "seed": seed,
+            "fingerprint": print_of,
+            "machine": cpu_name(),
+            "wall_s": round(time.perf_counter() - since, 1),
+        }
+        self.rows.append(row)
+        self.results.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(f"{method}, seed {seed}: test {row['test']:.4f}, validation {row['validation']:.4f}", flush=True)
+
+    def campaign(self, config: CampaignConfig, out: Path, overrides: list[str], what: str) -> None:
+        """`zeroout run`, which goes on where it was stopped."""
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = out.with_suffix(".toml")
+        write_atomic(path, dump(config))
+        sets = [word for override in overrides for word in ("--set", override)]
+        self.process(["-m", "deploy.cli", "run", str(path), "--out", str(out), *sets], out, what)
+
+    def process(self, command: list[str], out: Path, what: str) -> None:
+        """Run it with one thread of torch; what it prints stands beside its folder."""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+        with out.with_suffix(".log").open("ab") as log:
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
+            )
+        if done.returncode:
+            print(f"{what}: ended with {done.returncode}; see {out.with_suffix('.log')}", flush=True)
+
+
+def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:
+    """What a finished campaign, or peer, has shown."""
+    result = read_json(out / "result.json")
+    if method in PEERS:
+        point, episodes, images = result, [], result["images"]
+    else:
+        episodes = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
+        point, images = result["points"][-1], sum(images_of(record, config) for record in episodes)
+    baseline = read_json(out / "baseline" / "baseline.json")
+    return {
+        "method": method,
+        "policy": point["policy"],
+        "compression": point["compression"],
+        "macs": point["macs"],
+        "validation": point["val_accuracy"],
+        "test": point["test_accuracy"],
+        "baseline_validation": baseline["validation"]["accuracy"],
+        "images": images,
+        "seconds": round(sum(record["seconds"] for record in episodes), 1),
+        "episodes": [
+            [record["policy"], record["epsilon"], round(record["return"], 4), record["weights_version"]]
+            for record in sorted(episodes, key=lambda record: int(record["id"]))
+        ],
+    }
+
+
+def images_of(record: dict[str, Any], config: CampaignConfig) -> int:
+    """Training images that an episode was retrained with."""
+    episode = config.episode
+    steps = int(record["steps"]) * episode.step_minibatches
+    return (steps + len(record["targets"]) * episode.recovery_minibatches) * episode.batch_size
+
+
+def cells(given: argparse.Namespace) -> Iterator[Cell]:
+    """A cell for each target."""
+    for target in given.targets:
+        yield Cell(
+            network=given.network, width=given.width, target=target, episodes=given.episodes,
+            data=given.data if given.data == "digits" else str(Path(given.data).resolve()), extra=tuple(given.set),
+        )  # fmt: skip
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.search",
+        description=__doc__.splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--network", default="vgg16", help="vgg16 (default), resnet18, ...")
+    parser.add_argument("--width", type=float, default=0.25, help="default 0.25")
+    parser.add_argument("--targets", type=float, nargs="+", default=[0.95], help="shares to remove (default 0.95)")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="default 5 6 7 8 9")
+    parser.add_argument("--episodes", type=int, default=40, help="of each method (default 40)")
+    parser.add_argument("--data", default=".data", help="a folder of images, or digits (default .data)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
+    parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
+    parser.add_argument("--quick", action="store_true", help="digits, 2 seeds, 12 episodes; writes to .search/ alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=WORK, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.quick:
+        given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
+        given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
+    for cell in cells(given):
+        bench = Bench(cell, given.results, given.work, time.time() + 60.0 * given.minutes)
+        bench.load()
+        bench.run(given.seeds, given.methods, given.jobs)
+        rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]
+        if rows:
+            print(write_page(cell.name, rows, given.results, " ".join(["python -m benchmarks.search", *sys.argv[1:]])))
+
+
+if __name__ == "__main__":
+    main()
