@@ -37,8 +37,9 @@ EPILOG = """\
 The systems, each worker a process of its own, each Redis server one of its own with the embedded server's settings
 (append-only file, written before each reply, synced every second):
   ours-unix, ours-tcp    learner.replay.Replay on the embedded server, by unix socket and by TCP on the loopback
-  ours-pipelined         the same by unix socket, as a campaign's learner uses it: samples fetched ahead, priorities
-                         written behind (learner.replay.PipelinedReplay)
+  ours-pipelined         the same by unix socket behind learner.replay.PipelinedReplay, as a campaign's learner has it:
+                         samples fetched ahead, inserts and priorities written behind and all acknowledged at the end of
+                         the time measured; inserts that wait go together, so that one by one is not one by one there
   raw-unix, raw-tcp      GET and SET of the same bytes by the same client, pipelined by 64, no priorities, nothing
                          encoded or decoded: what server, wire and client allow
   reverb                 dm-reverb 0.14.0: prioritized table in a server process, gRPC on the loopback, fetched ahead

@@ -16,7 +16,7 @@ _NO_LIMIT = 1e15  # nobody waits for anybody here
 class Ours(OnRedis):
     """`learner.replay.Replay`: payloads are encoded in the insert and decoded in the sample.
 
-    With `pipelined`, samples are fetched ahead and priorities written behind, as the learner of a campaign does it.
+    With `pipelined`, samples are fetched ahead, inserts and priorities written behind.
     """
 
     takes_empty_arrays = True
@@ -24,7 +24,7 @@ class Ours(OnRedis):
     def __init__(self, url: str, *, pipelined: bool) -> None:
         super().__init__(url)
         self._client, self._inserted, self._pipelined = connect(url), 0, pipelined
-        self._reader: Replay | PipelinedReplay | None = None
+        self._replay: Replay | PipelinedReplay | None = None
 
     def open(self, capacity: int) -> None:
         """Begin empty."""
@@ -32,13 +32,14 @@ class Ours(OnRedis):
         config = ReplayConfig(
             capacity_sequences=capacity, replay_ratio=_NO_LIMIT, replay_ratio_tolerance=_NO_LIMIT, min_sequences=1
         )
-        if isinstance(self._reader, PipelinedReplay):
-            self._reader.close()
-        self._replay, reader = (Replay(self._client, "benchmark", config, np.random.default_rng(i)) for i in (0, 1))
-        self._reader = PipelinedReplay(reader, BATCH) if self._pipelined else reader
+        if isinstance(self._replay, PipelinedReplay):
+            self._replay.close()
+        replay = Replay(self._client, "benchmark", config, np.random.default_rng(0))
+        self._replay = PipelinedReplay(replay, BATCH) if self._pipelined else replay
 
     def insert(self, chosen: list[int], priorities: list[float]) -> None:
         """Every sequence has an id of its own, as a campaign's have."""
+        assert self._replay is not None
         first = self._inserted
         self._inserted += len(chosen)
         self._replay.insert(
@@ -50,16 +51,21 @@ class Ours(OnRedis):
 
     def sample(self, count: int) -> Sample:
         """Draw by priority."""
-        assert self._reader is not None
-        sample = self._reader.sample(count)
+        assert self._replay is not None
+        sample = self._replay.sample(count)
         if sample is None:
             raise RuntimeError("the replay refused a sample")
         return sample
 
     def update(self, drawn: Sample, priorities: np.ndarray) -> None:
         """New priorities."""
-        assert self._reader is not None
-        self._reader.update(drawn.keys, priorities)
+        assert self._replay is not None
+        self._replay.update(drawn.keys, priorities)
+
+    def acknowledge(self) -> None:
+        """Wait for what is written behind."""
+        if isinstance(self._replay, PipelinedReplay):
+            self._replay.flush()
 
     def unpack(self, drawn: Sample) -> list[Arrays]:
         """As they are."""

@@ -25,7 +25,9 @@ LEAST_CALLS = 3  # of each measurement, however long they take
 
 
 class Store(ABC):
-    """One replay under test. `insert` and `update` return when the store has acknowledged what it was given."""
+    """One replay under test. `insert` and `update` return when the store has acknowledged what it was given, or else
+    `acknowledge` waits for it, in the time that is measured.
+    """
 
     prioritized = True
     takes_empty_arrays = False  # others are spared the arrays without elements
@@ -50,6 +52,9 @@ class Store(ABC):
     @abstractmethod
     def unpack(self, drawn: Any) -> list[Arrays]:
         """The sequences of what `sample` returned, for the check that they are those which went in."""
+
+    def acknowledge(self) -> None:  # noqa: B027 - most stores have nothing to wait for
+        """Return when everything given so far is acknowledged."""
 
     def server_pid(self) -> int | None:
         """The process that holds the data; None where it is this one."""
@@ -94,6 +99,7 @@ class Worker:
                 stopped = f"{done:,} in {limit_s:.0f} s"
             elif _available_bytes() < SPARE_BYTES:
                 stopped = f"{done:,}, then the machine's memory ran short"
+        self._store.acknowledge()
         self._settle()
         memory = self._memory()
         per_sequence = {name: (memory[name] - self._empty[name]) / done for name in memory}
@@ -130,15 +136,15 @@ class Worker:
         self._settle()  # so that what it left behind is not done in another system's time
         return reply
 
-    @staticmethod
     def _repeat(
-        step: Callable[[int], tuple[float, ...]], batch: int, seconds: float
+        self, step: Callable[[int], tuple[float, ...]], batch: int, seconds: float
     ) -> tuple[list[tuple[float, ...]], float]:
         """(what `step` returned each time, seconds that it took)."""
         laps: list[tuple[float, ...]] = []
         started = time.perf_counter()
         while len(laps) < LEAST_CALLS or time.perf_counter() - started < seconds:
             laps.append(step(batch))
+        self._store.acknowledge()
         return laps, time.perf_counter() - started
 
     def _insert(self, batch: int) -> tuple[float]:

@@ -1,4 +1,4 @@
-"""A replay that works while the learner computes: samples are fetched ahead, priority updates written behind.
+"""A replay that works while its owner computes: samples are fetched ahead, inserts and priorities written behind.
 
 Wrapped around a `Replay` by whoever owns the learner; to the learner it is a replay like any other. One background
 thread owns the replay inside, and carries out the commands in the order in which the learner's calls gave them: with
@@ -8,7 +8,8 @@ one sample ahead
 
 where a bar is a call of `sample`. The order does not depend on timing, so a seeded run repeats exactly. The price is
 that a sample does not yet know the priorities of the update that is being computed. A process that is killed loses
-the updates not yet written, which leaves some sequences with the priority they had.
+what is not yet written: updates, which leaves some sequences with the priority they had, and inserts, which are
+acknowledged by `flush` only. Inserts in a row that wait to be written go to the server together.
 """
 
 import logging
@@ -22,7 +23,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from learner.replay.replay import ReplayStats, Sample
+from learner.replay.replay import Item, ReplayStats, Sample
 
 __all__ = ["PipelinedReplay"]
 
@@ -30,11 +31,14 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _UPDATES_BEHIND = 8  # beyond the samples asked for; a learner that is further ahead waits
+_INSERTS_TOGETHER = 256  # sequences
 
 
 class _Replay(Protocol):
     """What is needed of the replay inside."""
 
+    def check(self, items: Sequence[Item]) -> list[float]: ...
+    def insert(self, items: Sequence[Item]) -> int: ...
     def sample(self, batch_size: int) -> Sample | None: ...
     def update(self, keys: Sequence[str], priorities: Sequence[float] | npt.NDArray[Any]) -> int: ...
     def reject(self, keys: Sequence[str]) -> int: ...
@@ -60,9 +64,26 @@ class PipelinedReplay:
         self._replay, self._batch_size, self._depth = replay, batch_size, depth
         self._commands: queue.Queue[Callable[[], None] | None] = queue.Queue(depth + _UPDATES_BEHIND)
         self._ahead: list[_Answer] = []
+        self._open: list[Item] | None = None  # the last command's, while it is an insert that has not begun
+        self._opening = threading.Lock()
         self._failures: queue.SimpleQueue[Exception] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="replay-pipeline", daemon=True)
         self._thread.start()
+
+    def insert(self, items: Sequence[Item]) -> int:
+        """Add items behind, as `Replay.insert`; waits only when many are still unwritten. Returns how many there are.
+
+        They are on the server, and safe, when `flush` returns. Raises ValueError as `Replay.insert`, at once.
+        """
+        self._raise_failure()
+        self._replay.check(items)  # one that cannot be inserted must not take others with it
+        with self._opening:
+            if self._open is not None and len(self._open) + len(items) <= _INSERTS_TOGETHER:
+                self._open.extend(items)
+                return len(items)
+        together = list(items)
+        self._put(partial(self._write, partial(self._insert, together)), together)
+        return len(items)
 
     def sample(self, batch_size: int) -> Sample | None:
         """Return the next sample, or None when it is not the learner's turn; the next call then asks again.
@@ -98,7 +119,7 @@ class PipelinedReplay:
         return self._replay.stats()
 
     def flush(self) -> None:
-        """Wait until all updates are written, as before a checkpoint and at the end."""
+        """Wait until everything is written, as before a checkpoint and at the end."""
         self._commands.join()
         self._raise_failure()
 
@@ -138,10 +159,19 @@ class PipelinedReplay:
         self._put(partial(answer.fill, partial(self._replay.sample, self._batch_size)))
         return answer
 
-    def _put(self, command: Callable[[], None]) -> None:
+    def _put(self, command: Callable[[], None], items: list[Item] | None = None) -> None:
+        """Give the thread a command; further inserts may join its `items` until it begins or another one follows."""
         if not self._thread.is_alive():
             raise RuntimeError("the replay pipeline is closed")
+        with self._opening:
+            self._open = items
         self._commands.put(command)
+
+    def _insert(self, together: list[Item]) -> int:
+        with self._opening:
+            if self._open is together:
+                self._open = None
+        return self._replay.insert(together)
 
     def _write(self, command: Callable[[], int]) -> None:
         try:

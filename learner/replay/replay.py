@@ -165,9 +165,7 @@ class Replay:
         (`stats().actors_waiting` asks for it). Raises ValueError for a priority that is not finite or negative, an
         empty id, or a payload above `capacity_bytes`, with nothing inserted.
         """
-        for item in items:
-            self._check(item)
-        weights = self._weights_of([item.priority for item in items])
+        weights = self.check(items)
         waits = self._rng.standard_exponential(len(items)).tolist()
         held = 0
         for chunk in _chunks([len(item.payload) for item in items]):
@@ -176,6 +174,12 @@ class Replay:
                 args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
             held += int(self.race.run("insert", *args))
         return held
+
+    def check(self, items: Sequence[Item]) -> list[float]:
+        """Return the weights of items that `insert` would take, ValueError where it would not; asks no server."""
+        for item in items:
+            self._check(item)
+        return self._weights_of([item.priority for item in items])
 
     def sample(self, batch_size: int) -> Sample | None:
         """Draw `batch_size` sequences (1 to 2048), or None when the learner must wait.

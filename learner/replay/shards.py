@@ -78,6 +78,10 @@ class ShardedReplay:
             parts.setdefault(zlib.crc32(item.sequence_id.encode()) % len(self._replays), []).append(item)
         return sum(self._of_shard(i, partial(self._replays[i].insert, parts[i])) or 0 for i in sorted(parts))
 
+    def check(self, items: Sequence[Item]) -> list[float]:
+        """Return the weights of items that `insert` would take, as `Replay.check`."""
+        return self._replays[0].check(items)
+
     def sample(self, batch_size: int) -> Sample | None:
         """Draw `batch_size` sequences, or None when the learner must wait, as `Replay.sample`.
 

@@ -46,6 +46,13 @@ class ScriptedReplay:
             return None
         return Sample([name] * _B, np.ones(_B), np.ones(_B, np.float32), [{}] * _B)
 
+    def check(self, items: Any) -> list[float]:
+        return [1.0] * len(items)
+
+    def insert(self, items: Any) -> int:
+        self._note(f"I{','.join(item.sequence_id for item in items)}")
+        return len(items)
+
     def update(self, keys: Any, priorities: Any) -> int:
         self._note(f"U{keys[0][1:]}={priorities[0]:g}")
         return len(keys)
@@ -167,6 +174,40 @@ def test_a_learner_far_ahead_waits_so_that_nothing_piles_up(inner: ScriptedRepla
         thread.join()
         replay.flush()
         assert inner.calls == [f"U0={number}" for number in range(40)]
+
+
+def _items(*names: str) -> list[Item]:
+    return [Item(name, b"payload", 1.0) for name in names]
+
+
+def test_inserts_that_wait_go_together_and_nothing_overtakes_them(inner: ScriptedReplay) -> None:
+    with PipelinedReplay(inner, _B) as replay:
+        with inner.held_back():
+            assert replay.insert(_items("a", "b")) == 2
+            inner.wait_for_begun(1)  # it is being written: no more may join it
+            for name in ("c", "d"):
+                replay.insert(_items(name))
+            replay.update(["S0"], [2.0])
+            replay.insert(_items("e"))
+            replay.insert([])
+            replay.insert(_items("f"))
+        replay.flush()
+        assert inner.calls == ["Ia,b", "Ic,d", "U0=2", "Ie,f"]
+
+
+def test_what_is_inserted_behind_is_there_after_a_flush_whoever_wrote_it_when(client: redis.Redis, prefix: str) -> None:
+    config = ReplayConfig(min_sequences=1, replay_ratio=1e9)
+    payload = encode({"x": np.arange(3, dtype=np.float32)})
+    plain = Replay(client, prefix, config, np.random.default_rng(0))
+    with PipelinedReplay(Replay(client, prefix, config, np.random.default_rng(1)), _B) as replay:
+        for number in range(700):
+            replay.insert([Item(f"s{number}", payload, 1.0)])
+        replay.flush()
+        assert plain.stats().size == 700
+        replay.insert([Item("last", payload, 1.0)])
+        with pytest.raises(ValueError, match="priorities must be finite"):
+            replay.insert([Item("bad", payload, -1.0)])
+    assert plain.stats().size == 701
 
 
 def test_close_writes_what_is_left_and_an_error_of_the_context_is_not_hidden(inner: ScriptedReplay) -> None:
