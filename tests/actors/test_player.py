@@ -101,7 +101,7 @@ def test_its_sequences_are_what_the_learner_reads(
     player = Player("actor-0", brief, dataset)
     record = played(player)
     assert (replay.stats().size, replay.stats().inserted) == (2, 2)
-    sample = replay.sample(7)
+    sample = replay.sample(64)  # both sequences among them, but for 1 in 2 ** 60
     assert sample is not None
     batch = collate(sample.arrays, brief.sequences, brief.packing(player.plan), hidden=5)
     by_start = {int(start): b for b, start in enumerate(batch.step[0])}
