@@ -13,10 +13,10 @@ from env.seeds import derive_seed
 __all__ = ["CONTROLS", "METHODS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
 
 #: Groups that a campaign can compare the Controller with.
-CONTROLS = ("random", "taylor", "taylor-per-cost", "gamma", "cem", "untrained")
+CONTROLS = ("random", "taylor", "balanced", "gamma", "cem", "untrained")
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
-METHODS = ("controller", "taylor", "taylor-per-cost", "gamma", "uniform-l1", "random", "cem", "untrained")
+METHODS = ("controller", "taylor", "balanced", "gamma", "uniform-l1", "random", "cem", "untrained")
 
 #: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.
 _TEACHERS = ("taylor", "gamma", "uniform-l1", "random-allocation")
@@ -123,7 +123,7 @@ def order(config: ScheduleConfig, episode: int, *, seed: int) -> EpisodeOrder:
     policy_seed = derive_seed(seed, "policy", place)
     policy, epsilon, sigma = _who(config, group, place)
     # A rule without randomness would repeat itself exactly; fresh minibatches let it be chosen from many tries too.
-    repeats = group in ("taylor", "taylor-per-cost", "gamma")
+    repeats = group in ("taylor", "balanced", "gamma")
     return EpisodeOrder(
         episode=episode,
         group=group,

@@ -1,34 +1,38 @@
 """The Controller: a recurrent Q-network over (accuracy, compression, keep_mask).
 
-An action is a *set* of filters, so Q is built from a state value and one advantage per filter (a dueling head, Wang
-et al. 2016, carried over to sets):
+An action is a *set* of filters, and the greedy one is a ranking, cut at the next waypoint (agents/ladder.py). There are
+two Controllers, one config.
+
+`mask` is the source's: (accuracy, compression, keep_mask) in, one advantage a filter out, and Q is built of a state
+value and the mean advantage of the set (a dueling head, Wang et al. 2016, carried over to sets):
 
     Q(s, A) = V(s) + scale * (mean of the advantages over A - mean over all that live)
 
-and the greedy action is the ranking by advantage, cut at the next waypoint (agents/ladder.py).
+`features`, the default, judges what a set leaves of the network's shape: w_l filters of layer l after A. What a layer
+does harm by being narrow is learned, and so is what makes a filter of a layer better than another:
 
-Two Controllers, one config. `mask` is the source's: (accuracy, compression, keep_mask) in, one advantage a filter
-out. `features`, the default, judges every filter with one shared head; its advantage is a prior plus a residual that
-starts at zero. The prior is minus the log of the filter's Taylor score for each parameter (or MAC, or byte) that goes
-with it, so that on its first day the Controller plays that rule.
+    Q(s, A) = V(s) - sum_l c_l(s) / w_l - scale * mean over A of r(s, filter)
+
+Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees
+(agents/balance.py). The heads start at zero: on its first day all c are alike, and Taylor decides within a layer.
 """
 
 import math
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from agents.balance import NARROWEST, balanced
 from agents.network import Judgement, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
 from env.measure import log_freed
 
-__all__ = ["Controller", "ControllerConfig", "Observations", "set_value"]
+__all__ = ["Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-_LOG_FREED_SCALE = 5.0  # brings it to about [-2, 0]
+_HARM = 0.5  # c of every layer on the first day; nats of cross-entropy, in the learner's rescaled units
 _SOFT_LIMIT = 5.0  # natural-log units; filters that do nothing at all would otherwise dominate every mean
 
 
@@ -38,9 +42,8 @@ class ControllerConfig:
 
     observation: str = "features"  # "features" | "mask" (the source's)
     hidden_size: int = 64  # of the LSTM
-    filter_size: int = 32  # of the head that all filters share
+    layer_size: int = 32  # of the head that all layers share
     advantage_scale: float = 0.1  # natural-log units of score to units of reward
-    cost_exponent: float = 1.0  # of what a filter frees, in the prior: 1 is Taylor per parameter, 0 Taylor alone
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
@@ -51,11 +54,7 @@ class ControllerConfig:
                 got=repr(self.observation),
                 remedy="choose one of them",
             )
-        if not 0.0 <= self.cost_exponent < math.inf:
-            raise UserError(
-                "controller.cost_exponent", expected="at least 0", got=repr(self.cost_exponent), remedy="1 is usual"
-            )
-        for name in ("hidden_size", "filter_size"):
+        for name in ("hidden_size", "layer_size"):
             if getattr(self, name) < 1:
                 raise UserError(
                     f"controller.{name}", expected="at least 1", got=repr(getattr(self, name)), remedy="raise it"
@@ -90,6 +89,23 @@ class Observations:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShapeJudgement(Judgement):
+    """What the features Controller says; its advantage, which ranks, follows from the rest."""
+
+    log_harm: Tensor  # float32 [T, B, L], log c
+    residual: Tensor  # float32 [T, B, F], r: added to a filter's log score; 0 where gone
+
+    def __getitem__(self, time: slice) -> "ShapeJudgement":
+        """A stretch of time."""
+        return ShapeJudgement(
+            value=self.value[time],
+            advantage=self.advantage[time],
+            log_harm=self.log_harm[time],
+            residual=self.residual[time],
+        )
+
+
 class Controller(QNetwork):
     """LSTM Q-network over sets of filters; one class for both observations.
 
@@ -116,14 +132,13 @@ class Controller(QNetwork):
         if config.observation == "mask":
             self.advantage = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, plan.units))
         else:
-            self.filter_input = nn.Linear(_FILTER_INPUTS, config.filter_size)
-            self.state_input = nn.Linear(hidden, config.filter_size, bias=False)
-            # no bias: what all filters share cancels in Q
-            self.filter_output = nn.Linear(config.filter_size, 1, bias=False)
+            self.layer_input = nn.Linear(_LAYER_INPUTS, config.layer_size)
+            self.state_input = nn.Linear(hidden, config.layer_size, bias=False)
+            self.layer_output = nn.Linear(config.layer_size, 1, bias=False)
             self.layer_term = nn.Linear(hidden, layers)
-            # the residual starts at zero
-            _zero(self.filter_output)
-            _zero(self.layer_term)
+            self.filter_weights = nn.Linear(hidden, len(FEATURES))
+            for head in (self.layer_output, self.layer_term, self.filter_weights):
+                _zero(head)
         _zero(self.value[-1])
 
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
@@ -133,49 +148,63 @@ class Controller(QNetwork):
         picture = seen.keep_mask.float() if self.config.observation == "mask" else alive_share.float()
         inputs = torch.cat([seen.accuracy[..., None], seen.compression[..., None], picture], dim=-1)
         memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
+        value = self.value(memory).squeeze(-1)
         if self.config.observation == "mask":
-            advantage = self.advantage(memory)
-        else:
-            advantage = self._judge_filters(seen, memory, kept, alive_share.float())
-        return Judgement(value=self.value(memory).squeeze(-1), advantage=advantage), (h[0], c[0])
+            return Judgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
+        return self._judge_shape(seen, memory, value, kept), (h[0], c[0])
 
     def q_of(self, judgement: Judgement, action: Tensor, seen: Observations) -> Tensor:
         """Q(s, A) for sets of filters: bool [T, B, F] -> float32 [T, B]."""
-        return set_value(judgement, action, seen.keep_mask, scale=self.config.advantage_scale)
+        scale = self.config.advantage_scale
+        if not isinstance(judgement, ShapeJudgement):
+            return set_value(judgement, action, seen.keep_mask, scale=scale)
+        left = self.plan.kept_per_layer(seen.keep_mask & ~action).clamp(min=NARROWEST)
+        shape = (judgement.log_harm.exp() / left).sum(-1)
+        return judgement.value - shape - scale * _masked_mean(judgement.residual, action)
 
     def q_all(self, judgement: Judgement, seen: Observations) -> Tensor:
-        """Q of removing each filter alone, float32 [T, B, F]; V where it is gone."""
-        everyone = _masked_mean(judgement.advantage, seen.keep_mask)[..., None]
-        return judgement.value[..., None] + self.config.advantage_scale * torch.where(
-            seen.keep_mask, judgement.advantage - everyone, 0.0
-        )
+        """Q of removing each filter alone, float32 [T, B, F]; that of removing none where it is gone."""
+        scale = self.config.advantage_scale
+        if not isinstance(judgement, ShapeJudgement):
+            everyone = _masked_mean(judgement.advantage, seen.keep_mask)[..., None]
+            alone = torch.where(seen.keep_mask, judgement.advantage - everyone, 0.0)
+            return judgement.value[..., None] + scale * alone
+        kept, harm = self.plan.kept_per_layer(seen.keep_mask).float(), judgement.log_harm.exp()
+        before = kept.clamp(min=NARROWEST)
+        one_less = harm / (kept - 1).clamp(min=NARROWEST) - harm / before
+        nothing = judgement.value - (harm / before).sum(-1)
+        alone = one_less[..., self.layer_of] + scale * judgement.residual
+        return nothing[..., None] - torch.where(seen.keep_mask, alone, 0.0)
 
-    def _judge_filters(self, seen: Observations, memory: Tensor, kept: Tensor, alive_share: Tensor) -> Tensor:
-        prior, inputs = self._filter_inputs(seen, kept, alive_share)
-        joined = torch.relu(self.filter_input(inputs) + self.state_input(memory)[..., None, :])
-        residual = self.filter_output(joined).squeeze(-1)
-        return cast(Tensor, prior + residual + self.layer_term(memory)[..., self.layer_of])
-
-    def _filter_inputs(self, seen: Observations, kept: Tensor, alive_share: Tensor) -> tuple[Tensor, Tensor]:
-        """The prior float32 [T, B, F] and the inputs of the shared head float32 [T, B, F, _FILTER_INPUTS]."""
+    def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
         alive = seen.keep_mask
-        within_network = _soft_limit(_centred(seen.features, alive[..., None]))
-        taylor = within_network[..., 0]
-        layer_mean = _layer_mean(taylor * alive, self.layer_of, kept)[..., self.layer_of]
-        within_layer = (taylor - layer_mean) * alive
+        scores = _soft_limit(_centred(seen.features, alive[..., None]))
+        means = _layer_means(scores, self.layer_of, kept)
+        within = (scores - means[..., self.layer_of, :]) * alive[..., None]
+        joined = torch.relu(
+            self.layer_input(self._layer_inputs(seen, kept, means)) + self.state_input(memory)[..., None, :]
+        )
+        log_harm = math.log(_HARM) + self.layer_output(joined).squeeze(-1) + self.layer_term(memory)
+        residual = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
+        with torch.no_grad():  # it only ranks
+            quality = scores[..., 0] + residual
+            flat = (quality.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
+            advantage = balanced(*flat, self.plan, self.measure).view(alive.shape)
+        return ShapeJudgement(value=value, advantage=advantage, log_harm=log_harm, residual=residual)
+
+    def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:
+        """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
+        widths, layers = self.plan.widths.to(kept.device), kept.shape[-1]
+        depth = torch.linspace(-1.0, 1.0, layers, device=kept.device).expand(kept.shape)
         freed = log_freed(self.measure, self.plan, kept)
-        per_layer = torch.stack([alive_share, freed / _LOG_FREED_SCALE, self._depth(kept)], dim=-1)
-        shared = [per_layer[..., self.layer_of, :], seen.compression[..., None, None].expand(*alive.shape, 1)]
-        inputs = torch.cat([within_network, within_layer[..., None], *shared], dim=-1)
-        return self.config.cost_exponent * freed[..., self.layer_of] - taylor, inputs
-
-    def _depth(self, kept: Tensor) -> Tensor:
-        layers = kept.shape[-1]
-        return torch.linspace(0.0, 1.0, layers, device=kept.device).expand(kept.shape)
+        own = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed / _LOG_SCALE, depth, depth.square()]
+        shared = seen.compression[..., None].expand(kept.shape)
+        return torch.cat([torch.stack([*own, shared], dim=-1), means / _LOG_SCALE], dim=-1)
 
 
-#: three log scores within the network, one within the layer, three facts of the layer, the compression
-_FILTER_INPUTS = len(FEATURES) + 1 + 3 + 1
+_LOG_SCALE = 5.0  # brings logarithms of widths, costs and scores to about [-2, 2]
+#: of a layer: share and log of what is left, log cost, depth and its square; the compression; mean log scores
+_LAYER_INPUTS = 6 + len(FEATURES)
 
 
 def set_value(judgement: Judgement, action: Tensor, alive: Tensor, *, scale: float) -> Tensor:
@@ -209,7 +238,8 @@ def _soft_limit(values: Tensor) -> Tensor:
     return values.clamp(-_SOFT_LIMIT, _SOFT_LIMIT) + values.sign() * beyond.log1p()
 
 
-def _layer_mean(values: Tensor, layer_of: Tensor, kept: Tensor) -> Tensor:
-    """Mean over the living filters of each layer: [T, B, F] -> [T, B, L]."""
-    total = torch.zeros(kept.shape, dtype=values.dtype, device=values.device)
-    return total.scatter_add(-1, layer_of.expand(values.shape), values) / kept.clamp(min=1)
+def _layer_means(values: Tensor, layer_of: Tensor, kept: Tensor) -> Tensor:
+    """Mean over the living filters of each layer: [T, B, F, K], 0 for the dead -> [T, B, L, K]."""
+    total = torch.zeros(*kept.shape, values.shape[-1], dtype=values.dtype, device=values.device)
+    index = layer_of[:, None].expand(values.shape)
+    return total.scatter_add(-2, index, values) / kept.clamp(min=1)[..., None]

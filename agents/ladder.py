@@ -16,6 +16,7 @@ from torch import Tensor
 
 from agents.controller import Observations
 from agents.network import Judgement
+from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.measure import Measure
 
@@ -75,8 +76,8 @@ class Ladder:
             bool [N, F], the filters to zero; none where the waypoint is already reached.
 
         """
-        position = _positions(scores, alive)
-        removable = alive & (self._rank_in_layer(position, alive) < self._spare(alive))
+        position = places(scores, alive)
+        removable = alive & (places_in_layers(position, alive, self.plan) < self._spare(alive))
         goal = self.goals.to(scores.device)[step.clamp(max=len(self) - 1)]
         low = torch.zeros_like(step)
         high = torch.full_like(step, alive.shape[-1])
@@ -102,7 +103,7 @@ class Ladder:
 
         Within a layer the highest-ranked always go first, so that an exchange is a change of the layers' counts.
         """
-        order = self._rank_in_layer(position[None], alive[None])[0]
+        order = places_in_layers(position[None], alive[None], self.plan)[0]
         layer = self.plan.layer_of.to(alive.device)
         table = torch.zeros(len(self.plan.layers), alive.shape[-1], dtype=torch.float64, device=alive.device)
         table[layer[removable], order[removable]] = (position - end).abs()[removable].to(torch.float64)
@@ -160,17 +161,6 @@ class Ladder:
         spare = self.plan.kept_per_layer(alive) - self.least.to(alive.device)
         return spare[:, self.plan.layer_of.to(alive.device)]
 
-    def _rank_in_layer(self, position: Tensor, alive: Tensor) -> Tensor:
-        """How many living filters of the same layer stand before each one: int64 [N, F]."""
-        units, layers = alive.shape[-1], len(self.plan.layers)
-        layer = self.plan.layer_of.to(alive.device).expand(alive.shape)
-        order = (torch.where(alive, layer, layers) * units + position).argsort(-1)
-        place = torch.empty_like(order).scatter_(
-            -1, order, torch.arange(units, device=alive.device).expand(alive.shape)
-        )
-        kept = self.plan.kept_per_layer(alive)
-        return place - (kept.cumsum(-1) - kept).gather(-1, layer)
-
 
 def _nearest(counts: Tensor, away: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
     """The row of `counts` [N, L] that is least `away` [N], and how far; `best` where none is nearer than `least`."""
@@ -196,13 +186,6 @@ def _exchanges(layers: int) -> tuple[Tensor, ...]:
         changes = signs[torch.tensor(choices)].sum(dim=1)
         found.append(changes[changes.abs().sum(dim=1) == filters])  # what is given and taken again is no change
     return tuple(found)
-
-
-def _positions(scores: Tensor, alive: Tensor) -> Tensor:
-    """Place of each filter in the ranking, the dead at its end: int64 [N, F]; ties go by index."""
-    ranking = torch.where(alive, scores, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    return torch.empty_like(ranking).scatter_(-1, ranking, places)
 
 
 def _goals(targets: Sequence[float], waypoints: int) -> Tensor:

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from agents.balance import balanced
 from agents.controller import Controller, Observations
 from agents.ladder import Ladder
 from agents.network import RecurrentState
 from env.channels import ChannelPlan
 from env.importance import FEATURES
-from env.measure import log_freed
 
 __all__ = ["HEURISTICS", "Climber", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
 
@@ -74,13 +74,14 @@ def _random_filters(given: _Given) -> Callable[[Observation], Tensor]:
     return lambda _observation: torch.rand(given.plan.units, generator=given.generator)
 
 
-def _taylor_per_cost(given: _Given) -> Callable[[Observation], Tensor]:
-    """The Taylor score for each parameter (or MAC, or byte) that goes with the filter; the lowest goes first."""
+def _balanced(given: _Given) -> Callable[[Observation], Tensor]:
+    """Taylor within each layer; across layers whoever does the least harm by leaving a layer narrow."""
+    alike = torch.zeros(1, len(given.plan.layers))
 
     def rank(observation: Observation) -> Tensor:
         alive = torch.as_tensor(observation["keep_mask"]).bool()
-        freed = log_freed(given.measure, given.plan, given.plan.kept_per_layer(alive))
-        return _column("log_taylor")(observation) + freed[given.plan.layer_of]
+        taylor = -_column("log_taylor")(observation)
+        return balanced(taylor[None], alive[None], alike, given.plan, given.measure)[0]
 
     return rank
 
@@ -120,7 +121,7 @@ HEURISTICS: dict[str, Callable[[_Given], Callable[[Observation], Tensor]]] = {
     "uniform-l1": lambda given: _allocation(given.plan, torch.zeros(len(given.plan.layers))),
     "gamma": lambda _given: _column("log_gamma"),
     "taylor": lambda _given: _column("log_taylor"),
-    "taylor-per-cost": _taylor_per_cost,
+    "balanced": _balanced,
     "taylor-offsets": lambda given: LayerOffsets(given.plan, given.normal(_OFFSET_SIGMA)).rank,
 }
 

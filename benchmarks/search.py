@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,9 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "search"
 WORK = ROOT / ".search"
 PEERS = ("torch-pruning", "uniform")
+LEARNERS = ("controller", "untrained")
 METHODS = (
-    "controller", "untrained", "cem", "taylor-per-cost", "taylor", "gamma", "random", *PEERS,
+    "controller", "untrained", "cem", "balanced", "taylor", "gamma", "random", *PEERS,
 )  # fmt: skip
 
 EPILOG = """\
@@ -34,8 +35,8 @@ The methods; each seed has one baseline, trained once, and every method starts f
   controller       `zeroout run`: actors on Ray, replay in Redis, the learner, every default
   untrained        the same agent and exploration with the learner off
   cem              the cross-entropy method over one offset per layer on the log Taylor score
-  taylor, taylor-per-cost, gamma
-                   a rule repeated with fresh minibatches; taylor-per-cost is the Controller's prior alone
+  taylor, balanced, gamma
+                   a rule repeated with fresh minibatches; balanced is the Controller's prior alone
   random           a random share of each layer, L1 within
   torch-pruning    the best on validation of five criteria, each at once and in ten steps
   uniform          all widths multiplied alike, trained from scratch as long as the baseline
@@ -97,7 +98,7 @@ epochs = 8
 [episode]
 waypoints = 8
 step_minibatches = 4
-recovery_minibatches = 40
+recovery_minibatches = 80
 step_images = 250
 score_images = 128
 [recovery]
@@ -161,8 +162,11 @@ class Bench:
         return found[-1] if found else None
 
     def fingerprint(self, seed: int, method: str) -> str:
-        """Of the configuration, less where things lie on this machine."""
-        text = dump(self.cell.config(seed, method, None)).replace(json.dumps(self.cell.data), '""')
+        """Of what the method's result depends on: not where things lie, nor how others learn."""
+        parts = asdict(self.cell.config(seed, method, None))
+        parts["data"]["path"] = ""
+        ignored = ["cluster"] + ([] if method in LEARNERS else ["controller", "sequence", "replay", "learner"])
+        text = json.dumps({name: part for name, part in parts.items() if name not in ignored}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def baseline(self, seed: int) -> Path:
@@ -278,7 +282,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="+", default=[0.95], help="shares to remove (default 0.95)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="default 5 6 7 8 9")
-    parser.add_argument("--episodes", type=int, default=40, help="of each method (default 40)")
+    parser.add_argument("--episodes", type=int, default=32, help="of each method (default 32)")
     parser.add_argument("--data", default=".data", help="a folder of images, or digits (default .data)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")

@@ -47,7 +47,7 @@ _LIGHT = _Theme(
     groups={
         "search": "#D55E00",
         "taylor": "#0072B2",
-        "taylor-per-cost": "#56B4E9",
+        "balanced": "#56B4E9",
         "random": "#8A8A8A",
         "cem": "#009E73",
         "untrained": "#CC79A7",
@@ -61,14 +61,14 @@ _DARK = _Theme(
     groups={
         "search": "#F58A3C",
         "taylor": "#56B4E9",
-        "taylor-per-cost": "#9AD6F5",
+        "balanced": "#9AD6F5",
         "random": "#A6A6A6",
         "cem": "#2FC59A",
         "untrained": "#E3A0C6",
     },
     other="#F0E442",
 )
-_MARKERS = {"search": "o", "taylor": "s", "taylor-per-cost": "X", "random": "v", "cem": "D", "untrained": "^"}
+_MARKERS = {"search": "o", "taylor": "s", "balanced": "X", "random": "v", "cem": "D", "untrained": "^"}
 _LABELS = {"search": "search (Controller)"}
 _DPI = 150
 # More lines than this only blacken the picture; the newest are the ones that tell.

@@ -109,7 +109,7 @@ def prune(
     weights: WeightsOption = None,
     data: DataOption = "",
     method: Annotated[
-        str, typer.Option(help="Who ranks the filters: taylor-per-cost, taylor, gamma, uniform-l1 or random.")
+        str, typer.Option(help="Who ranks the filters: balanced, taylor, gamma, uniform-l1 or random.")
     ] = "taylor",
     compression: Annotated[
         list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")

@@ -28,7 +28,7 @@ __all__ = [
 Record = dict[str, Any]
 
 # The arms of a campaign, in the order every table and picture shows them; "search" is the Controller's.
-GROUPS = ("search", "taylor", "taylor-per-cost", "gamma", "random", "cem", "untrained")
+GROUPS = ("search", "taylor", "balanced", "gamma", "random", "cem", "untrained")
 
 # A group must be this many standard deviations of one episode ahead to be called better. Simulated: the bests
 # of twice n repetitions of one policy lie further apart in 1.6 % of cases at n = 20, 4 % at 10, 10 % at 5
@@ -155,7 +155,7 @@ def _members(records: Iterable[Record], group: str) -> list[Record]:
 def _noise(scores: dict[str, list[float]], rival: str) -> float | None:
     # Taylor repeats one and the same policy, so its spread is noise and nothing else; the others' spread
     # holds their exploration too, which can only make the verdict more careful.
-    for group in ("taylor", "taylor-per-cost", rival, "search"):
+    for group in ("taylor", "balanced", rival, "search"):
         values = [value for value in scores.get(group, []) if math.isfinite(value)]
         if len(values) >= _EPISODES_FOR_SD and (spread := statistics.stdev(values)) > 0:
             return spread

@@ -22,7 +22,7 @@ Record = dict[str, Any]
 _NAMES = {
     "search": "the Controller's search",
     "taylor": "Taylor",
-    "taylor-per-cost": "Taylor per parameter",
+    "balanced": "Taylor per parameter",
     "random": "random search",
     "cem": "evolution (CEM)",
     "untrained": "the untrained Controller",

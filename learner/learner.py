@@ -290,9 +290,12 @@ def _q_and_targets(
     seen = batch.observations[burn_in:]
     judgement = _unroll(online, batch, burn_in)
     with torch.no_grad():
-        judged = judgement if target is online else _unroll(target, batch, burn_in)
-        greedy = actions.greedy(judgement, seen, batch.step)
-        values = unrescale(target.q_of(judged, greedy, seen).float())
+        if _bootstraps(batch, config.n_step):
+            judged = judgement if target is online else _unroll(target, batch, burn_in)
+            greedy = actions.greedy(judgement, seen, batch.step)
+            values = unrescale(target.q_of(judged, greedy, seen).float())
+        else:
+            values = torch.zeros_like(judgement.value)
         targets = rescale(
             n_step_targets(
                 batch.rewards,
@@ -304,6 +307,11 @@ def _q_and_targets(
             )
         )
     return online.q_of(judgement[:-1], batch.actions, seen[:-1]).float(), targets
+
+
+def _bootstraps(batch: Batch, n_step: int) -> bool:
+    """Whether any target needs the value of a state: not where n steps reach an end that is final in every sequence."""
+    return n_step < int(batch.length.max()) or not bool(batch.terminated.any(dim=0).all())
 
 
 def _unroll(network: QNetwork, batch: Batch, burn_in: int) -> Judgement:

@@ -17,7 +17,7 @@ COLOURS = {
     "controller": "#D55E00",
     "untrained": "#CC79A7",
     "cem": "#009E73",
-    "taylor-per-cost": "#56B4E9",
+    "balanced": "#56B4E9",
     "taylor": "#0072B2",
     "gamma": "#E69F00",
     "random": "#8A8A8A",

@@ -134,7 +134,7 @@ def test_the_same_place_has_the_same_luck_in_every_group_and_another_place_other
 def test_minibatches_are_the_same_everywhere_but_for_the_controls_that_would_repeat_themselves() -> None:
     config = ScheduleConfig(episodes=5, controls=CONTROLS)
     common = {one.retraining_seed for name in ("search", "random", "cem", "untrained") for one in group(config, name)}
-    rules = ("taylor", "taylor-per-cost", "gamma")
+    rules = ("taylor", "balanced", "gamma")
     taylor, *others = ([one.retraining_seed for one in group(config, name)] for name in rules)
     assert len(common) == 1
     assert others == [taylor, taylor]

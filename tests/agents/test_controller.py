@@ -1,10 +1,11 @@
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.controller import Controller, ControllerConfig, Observations, set_value
+from agents.controller import Controller, ControllerConfig, Observations, ShapeJudgement, set_value
 from agents.network import Judgement, RecurrentState
 from agents.policies import heuristic
 from env.channels import ChannelPlan
@@ -27,10 +28,9 @@ PLAN = ChannelPlan(
 KINDS = ["features", "mask"]
 
 
-def controller(kind: str, seed: int = 0, *, cost_exponent: float = 1.0, measure: str = "parameters") -> Controller:
+def controller(kind: str, seed: int = 0, *, measure: str = "parameters") -> Controller:
     torch.manual_seed(seed)
-    config = ControllerConfig(observation=kind, hidden_size=11, filter_size=6, cost_exponent=cost_exponent)
-    return Controller(config, PLAN, measure)
+    return Controller(ControllerConfig(observation=kind, hidden_size=11, layer_size=6), PLAN, measure)
 
 
 def observations(steps: int = 5, batch: int = 3, seed: int = 0, *, dead: float = 0.3) -> Observations:
@@ -93,33 +93,65 @@ def test_the_value_of_a_set_ignores_what_all_advantages_share() -> None:
     )
 
 
-@pytest.mark.parametrize(("exponent", "rule"), [(0.0, "taylor"), (1.0, "taylor-per-cost")])
 @pytest.mark.parametrize("measure", ["parameters", "macs"])
-def test_on_its_first_day_the_features_controller_ranks_as_its_rule_does(
-    exponent: float, rule: str, measure: str
-) -> None:
+def test_on_its_first_day_the_features_controller_ranks_as_balanced_does(measure: str) -> None:
     seen = observations()
-    seen.features.clamp_(-2.0, 2.0)  # well within the soft limit, beyond which the prior is milder than the rule
-    seen.features[..., 0] += 0.01 * torch.arange(PLAN.units)  # no ties
-    made = controller("features", cost_exponent=exponent, measure=measure)
+    made = controller("features", measure=measure)
     judgement, _ = made(seen, (torch.randn(3, 11), torch.randn(3, 11)))
     assert judgement.advantage.shape == (5, 3, 15)
-    policy = heuristic(rule, PLAN, seed=0, measure=measure)
+    policy = heuristic("balanced", PLAN, seed=0, measure=measure)
     for time in range(5):
         for row in range(3):
             alive, features = seen.keep_mask[time, row], seen.features[time, row].numpy()
-            scores = policy.rank({"keep_mask": alive.numpy(), "features": features})
-            by_rule = scores[alive].argsort(descending=True)
-            assert torch.equal(judgement.advantage[time, row][alive].argsort(descending=True), by_rule)
+            expected = policy.rank({"keep_mask": alive.numpy(), "features": features})[alive]
+            found = judgement.advantage[time, row][alive]
+            torch.testing.assert_close(found - found.mean(), expected - expected.mean())
 
 
-def test_on_its_first_day_the_advantage_is_minus_the_centred_score_softly_limited() -> None:
-    seen = observations(1, 1, dead=0.0)
-    seen.features[..., 0] = torch.tensor([-20.0, 20.0] + [1.0] * 12 + [-12.0])  # mean 0
-    judgement, _ = controller("features", cost_exponent=0.0)(seen, controller("features").initial_state())
-    expected = torch.tensor([5 + torch.tensor(16.0).log(), -5 - torch.tensor(16.0).log()] + [-1.0] * 12)
-    torch.testing.assert_close(judgement.advantage[0, 0, :14], expected)
-    torch.testing.assert_close(judgement.advantage[0, 0, 14], 5 + torch.tensor(8.0).log())
+def shaped(*, log_harm: list[float], residual: list[float]) -> ShapeJudgement:
+    """One state of PLAN's three layers of 5, 7 and 3 filters."""
+    return ShapeJudgement(
+        value=torch.tensor([[2.0]]),
+        advantage=torch.zeros(1, 1, 15),
+        log_harm=torch.tensor([[log_harm]]),
+        residual=torch.tensor([[residual]]),
+    )
+
+
+def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
+    made, seen = controller("features"), observations(1, 1, dead=0.0)
+    seen.keep_mask[..., 5:7] = False
+    judgement = shaped(log_harm=[0.0, math.log(2.0), math.log(3.0)], residual=[float(i) for i in range(15)])
+    action = torch.zeros(1, 1, 15, dtype=torch.bool)
+    # left: 5, 5, 3 of the three layers
+    nothing = 2.0 - (1 / 5 + 2 / 5 + 3 / 3)
+    assert float(made.q_of(judgement, action, seen)) == pytest.approx(nothing)
+    action[..., [1, 4, 8]] = True  # left: 3, 4, 3; their residuals are 13 / 3 in the mean
+    expected = 2.0 - (1 / 3 + 2 / 4 + 3 / 3) - 0.1 * 13 / 3
+    assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
+    alone = made.q_all(judgement, seen)[0, 0]
+    assert float(alone[5]) == pytest.approx(nothing)  # gone already
+    assert float(alone[8]) == pytest.approx(2.0 - (1 / 5 + 2 / 4 + 3 / 3) - 0.1 * 8)
+    action[:] = False
+    action[..., 12:] = True  # a layer left empty is taken to have half a filter
+    assert float(made.q_of(judgement, action, seen)) == pytest.approx(2.0 - (1 / 5 + 2 / 5 + 3 / 0.5) - 0.1 * 13)
+
+
+def test_what_harms_more_goes_later_and_a_residual_changes_the_order_within_its_layer() -> None:
+    made, seen = controller("features"), observations(1, 1, dead=0.0)
+    before, _ = made(seen, made.initial_state())
+    with torch.no_grad():
+        made.layer_term.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
+        made.filter_weights.bias.copy_(torch.tensor([-1.0, 1.0, 0.0]))
+    after, _ = made(seen, made.initial_state())
+    assert isinstance(before, ShapeJudgement)
+    assert isinstance(after, ShapeJudgement)
+    torch.testing.assert_close(after.log_harm - before.log_harm, torch.tensor([[[0.0, 2.0, 0.0]]]))
+    middle = slice(5, 12)
+    assert float((after.advantage - before.advantage)[0, 0, middle].mean()) == pytest.approx(-2.0, abs=1e-5)
+    # gamma decides now instead of Taylor
+    order = after.advantage[0, 0, middle].argsort(descending=True)
+    assert torch.equal(order, seen.features[0, 0, middle, 1].argsort())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -247,7 +279,7 @@ def test_the_weights_alone_are_saved(kind: str) -> None:
     torch.testing.assert_close(q(other, observations()), q(made, observations()))
 
 
-@pytest.mark.parametrize(("key", "value"), [("observation", "pixels"), ("hidden_size", 0), ("filter_size", -1)])
+@pytest.mark.parametrize(("key", "value"), [("observation", "pixels"), ("hidden_size", 0), ("layer_size", -1)])
 def test_a_bad_value_is_a_user_error_that_names_its_key(key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"^controller\.{key}: expected"):
         ControllerConfig(**{key: value})  # type: ignore[arg-type]

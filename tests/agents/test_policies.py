@@ -41,7 +41,7 @@ def ranking(scores: Tensor) -> list[int]:
 def controller(kind: str = "features") -> Controller:
     """One whose heads are not zero."""
     torch.manual_seed(0)
-    made = Controller(ControllerConfig(observation=kind, hidden_size=7, filter_size=5), PLAN)
+    made = Controller(ControllerConfig(observation=kind, hidden_size=7, layer_size=5), PLAN)
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5)
     return made.eval()
@@ -52,9 +52,11 @@ def controller(kind: str = "features") -> Controller:
     [
         ("taylor", [5, 1, 4, 6, 3, 0, 7]),
         ("gamma", [6, 7, 5, 3, 1, 0, 4]),
-        # A filter of layer one frees 18 + 1 and 9 parameters in each of layer two's 3 filters, 46 of the 203 there are;
-        # one of layer two 4 * 9 + 1 and 4 in the classifier, 41: its scores stand log(46 / 41) = 0.115 higher.
-        ("taylor-per-cost", [5, 1, 4, 3, 6, 0, 7]),
+        # A filter of layer one frees 18 + 1 and 9 parameters in each of layer two's 3 filters, 46; one of layer two
+        # 4 * 9 + 1 and 4 in the classifier, 41. Layer one has 4 left, in the order 1, 4, 3, 0, and does the harm 1/12,
+        # 1/6, 1/2, 1 by losing them; layer two, 5, 6, 7, the harm 1/6, 1/2, 1: parameters for the harm are
+        # 552, 276, 92, 46 and 246, 82, 41.
+        ("balanced", [1, 4, 5, 3, 6, 0, 7]),
         # shares gone with it: layer one, of which 1 of 5 is dead, 1/5, 2/5, 3/5, 4/5; layer two 0, 1/3, 2/3
         ("uniform-l1", [7, 3, 5, 4, 0, 6, 1]),
     ],

@@ -89,7 +89,7 @@ def controller(seed: int = 0, observation: str = "features") -> Controller:
     """A Controller whose every weight matters (a fresh one judges by its prior alone)."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        made = Controller(ControllerConfig(observation=observation, hidden_size=HIDDEN, filter_size=5), plan())
+        made = Controller(ControllerConfig(observation=observation, hidden_size=HIDDEN, layer_size=5), plan())
         for parameter in made.parameters():
             nn.init.normal_(parameter, std=0.3)
     return made
@@ -314,8 +314,8 @@ def test_first_priorities_are_the_learners_own_while_its_networks_are_the_actors
 def test_bfloat16_learns_too() -> None:
     changes: dict[str, Any] = {"whole": True, "learning_rate": 3e-3, "precision": "bfloat16"}
     learning = learner(cut(episode(), SEQUENCES), **changes)
-    losses = [report.loss for report in (learning.update() for _ in range(40)) if report is not None]
-    assert len(losses) == 40
+    losses = [report.loss for report in (learning.update() for _ in range(120)) if report is not None]
+    assert len(losses) == 120
     assert losses[-1] < 0.5 * losses[0]
     assert all(parameter.dtype == torch.float32 for parameter in learning.controller.parameters())
 
@@ -408,9 +408,9 @@ def test_neighbours_in_a_batch_do_not_change_each_others_priorities() -> None:
 
 def test_the_loss_falls_on_a_fixed_batch() -> None:
     learning = learner(cut(episode(), SEQUENCES), whole=True, learning_rate=3e-3, target_update_period=1000)
-    reports = [learning.update() for _ in range(60)]
+    reports = [learning.update() for _ in range(200)]
     losses = [report.loss for report in reports if report is not None]
-    assert len(losses) == 60
+    assert len(losses) == 200
     assert losses[-1] < 0.3 * losses[0]
 
 

@@ -1,0 +1,57 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from agents.balance import balanced
+from env.channels import ChannelPlan
+
+torch.set_num_threads(1)
+
+PLAN = ChannelPlan(
+    nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
+    torch.zeros(1, 2, 8, 8),
+)
+
+
+def test_what_is_freed_for_each_nat_of_harm_by_hand() -> None:
+    alive = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]]).bool()
+    quality = torch.tensor([[0.4, 0.1, 0.0, 0.3, 0.2, -1.0, 0.25, 2.0]])
+    log_harm = torch.tensor([[0.0, math.log(2.0)]])
+    found = balanced(quality, alive, log_harm, PLAN, "parameters")[0]
+    # 203 parameters: a filter of layer one frees 46 of them, one of layer two 41, which does twice the harm
+    first, second = math.log(46 / 203), math.log(41 / 203)
+    expected = {
+        1: first - math.log(1 / 3 - 1 / 4),
+        4: first - math.log(1 / 2 - 1 / 3),
+        3: first - math.log(1 - 1 / 2),
+        0: first - math.log(1 / 0.5 - 1),
+        5: second - math.log(2 * (1 / 2 - 1 / 3)),
+        6: second - math.log(2 * (1 - 1 / 2)),
+        7: second - math.log(2 * (1 / 0.5 - 1)),
+    }
+    assert {i: float(found[i]) for i in expected} == pytest.approx(expected, abs=1e-5)
+
+
+def test_rows_are_apart_and_what_all_layers_share_does_not_matter() -> None:
+    generator = torch.Generator().manual_seed(0)
+    alive = torch.rand(6, 8, generator=generator) < 0.8
+    alive[:, [0, 5]] = True
+    quality, log_harm = torch.randn(6, 8, generator=generator), torch.randn(6, 2, generator=generator)
+    together = balanced(quality, alive, log_harm, PLAN, "macs")
+    for row in range(6):
+        one = balanced(quality[row : row + 1], alive[row : row + 1], log_harm[row : row + 1] + 3.0, PLAN, "macs")
+        torch.testing.assert_close(one[0, alive[row]] + 3.0, together[row, alive[row]])
+
+
+def test_a_prefix_of_the_ranking_leaves_layers_whose_harm_for_a_parameter_is_alike() -> None:
+    layers = [nn.Conv2d(3, 40, 1), nn.Conv2d(40, 40, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 4)]
+    wide = ChannelPlan(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4))
+    alive = torch.ones(1, 80, dtype=torch.bool)
+    log_harm = torch.tensor([[math.log(4.0), 0.0]])
+    scores = balanced(torch.arange(80.0)[None], alive, log_harm, wide, "parameters")[0]
+    gone = scores.argsort(descending=True)[:40]
+    left = 40 - (gone < 40).sum(), 40 - (gone >= 40).sum()
+    # c / w ** 2 divided by what a filter frees is the same in both: w ~ sqrt(c / freed), freed 44 and 45
+    assert float(left[0] / left[1]) == pytest.approx(math.sqrt(4 / 44 * 45), rel=0.06)
