@@ -146,7 +146,7 @@ class ControllerPolicy:
         controller: in eval mode; not changed.
         epsilon: chance, per step, of an exploratory action: a random allocation between the layers for the
             features Controller, a random ranking of the filters for the mask one.
-        sigma: standard deviation of this episode's offsets per layer, in natural-log units of the advantage.
+        sigma: about the standard deviation of this episode's offsets of layers, in natural-log units of the advantage.
         seed: of the exploration.
 
     """
@@ -179,9 +179,21 @@ class ControllerPolicy:
         return advantage + unit * self._offsets
 
     def _draw(self, sigma: float) -> Tensor:
-        """One Gaussian per layer, spread over its filters: float32 [F]."""
-        return sigma * torch.randn(len(self._plan.layers), generator=self._random)[self._plan.layer_of]
+        """Offsets of the layers, spread over their filters: float32 [F].
 
+        One part is each layer's own. The other is a parabola over depth: what a campaign can learn in a few dozen
+        episodes is whether early or late layers matter more, and layers that move one by one would hardly show it.
+        """
+        layers = len(self._plan.layers)
+        depth = torch.linspace(-1.0, 1.0, layers)
+        slope, bend = torch.randn(2, generator=self._random)
+        over_depth = slope * depth + bend * (depth.square() - depth.square().mean())
+        own = torch.randn(layers, generator=self._random)
+        return sigma * (_OVER_DEPTH * over_depth + _OWN * own)[self._plan.layer_of]
+
+
+#: How far the ends of a network are moved against each other, and a layer against its neighbours, in units of sigma.
+_OVER_DEPTH, _OWN = 1.5, 0.7
 
 #: An exploratory action shifts whole layers by this much, in natural-log units: well beyond an episode's own offsets.
 _EXPLORATORY_SIGMA = 1.0

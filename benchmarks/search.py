@@ -104,6 +104,17 @@ score_images = 128
 [recovery]
 epochs = 5
 learning_rate = 0.05
+[search]
+teacher_share = 0.0
+epsilon_base = 0.0
+[sequence]
+unroll_length = 8
+[replay]
+replay_ratio = 64.0
+[learner]
+learning_rate = 0.001
+adam_epsilon = 0.00001
+discount = 1.0
 [cluster]
 dashboard = false
 """

@@ -26,6 +26,9 @@ from learner.sequence import SequenceConfig
 
 __all__ = ["CampaignConfig", "ClusterConfig", "dump", "load", "parse"]
 
+#: Episodes that are played before anything is learned from them, where the configuration says nothing.
+_FIRST_EPISODES = 6
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
@@ -87,8 +90,8 @@ class CampaignConfig:
 
     @property
     def replay_in_search(self) -> ReplayConfig:
-        """The replay's configuration; where nothing else is said, learning starts when the teachers have played."""
-        first = self.replay.min_sequences or max(1, self.search.teachers)
+        """The replay's configuration; learning starts when the teachers have played, or some episodes of its own."""
+        first = self.replay.min_sequences or max(self.search.teachers, _FIRST_EPISODES)
         return dataclasses.replace(self.replay, min_sequences=min(first, self.search.per_group))
 
 
