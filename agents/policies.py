@@ -189,7 +189,8 @@ class ControllerPolicy:
         slope, bend = torch.randn(2, generator=self._random)
         over_depth = slope * depth + bend * (depth.square() - depth.square().mean())
         own = torch.randn(layers, generator=self._random)
-        return sigma * (_OVER_DEPTH * over_depth + _OWN * own)[self._plan.layer_of]
+        offsets: Tensor = sigma * (_OVER_DEPTH * over_depth + _OWN * own)
+        return offsets[self._plan.layer_of]
 
 
 #: How far the ends of a network are moved against each other, and a layer against its neighbours, in units of sigma.

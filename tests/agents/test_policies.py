@@ -147,12 +147,16 @@ def test_sigma_is_in_units_of_the_mask_controllers_own_spread() -> None:
     torch.testing.assert_close(shifts[1], 100 * shifts[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("sigma", "expected"), [(0.5, 0.5), (2.0, 2.0)])
-def test_offsets_have_the_standard_deviation_asked_for(sigma: float, expected: float) -> None:
+@pytest.mark.parametrize("sigma", [0.5, 2.0])
+def test_offsets_are_each_layers_own_and_a_parabola_over_depth(sigma: float) -> None:
     made = controller()
     plain = ControllerPolicy(made).rank(observation())
-    shifts = [float((ControllerPolicy(made, sigma=sigma, seed=s).rank(observation()) - plain)[0]) for s in range(300)]
-    assert float(torch.tensor(shifts).std()) == pytest.approx(expected, rel=0.2)  # standard error 4 %
+    drawn = (ControllerPolicy(made, sigma=sigma, seed=s).rank(observation()) - plain for s in range(400))
+    shifts = torch.stack([shift[[0, 5]] for shift in drawn])  # a filter of each of the two layers, at depth -1 and 1
+    # the slope moves them against each other by 1.5, the bend not at all, and each has 0.7 of its own
+    sum_of_both, difference = shifts.sum(1).std(), (shifts[:, 0] - shifts[:, 1]).std()
+    assert float(sum_of_both) == pytest.approx(sigma * 0.7 * 2**0.5, rel=0.15)  # standard error 3.5 %
+    assert float(difference) == pytest.approx(sigma * (4 * 1.5**2 + 2 * 0.7**2) ** 0.5, rel=0.15)
 
 
 def test_epsilon_1_draws_new_offsets_at_every_step_for_the_features_controller() -> None:
