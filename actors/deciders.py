@@ -3,7 +3,7 @@
 Called by the player (actors/player.py) and by campaigns that one rule plays alone (deploy/alone.py).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,14 @@ def decider(
     return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure)
 
 
-def next_candidate(chosen: EpisodeOrder, records: Iterable[dict[str, Any]], layers: int) -> np.ndarray | None:
-    """Return what the cross-entropy method plays next, float64 [layers], given all records; None for everyone else."""
+def next_candidate(
+    chosen: EpisodeOrder, records: Callable[[], Iterable[dict[str, Any]]], layers: int
+) -> np.ndarray | None:
+    """Return what the cross-entropy method plays next, float64 [layers]; None for everyone else.
+
+    `records` gives the campaign's, in order of completion; it is asked only where that method plays.
+    """
     if chosen.policy != "cem":
         return None
-    finished = [(np.array(record["offsets"]), record["return"]) for record in records if record["policy"] == "cem"]
+    finished = [(np.array(record["offsets"]), record["return"]) for record in records() if record["policy"] == "cem"]
     return next_offsets(finished, layers, seed=chosen.seed)

@@ -148,8 +148,7 @@ class Player:
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
         self._pull_weights()
         since = time.perf_counter()
-        records = (json.loads(record) for record in ledger.records(0))
-        offsets = next_candidate(chosen, records, len(self.plan.layers))
+        offsets = next_candidate(chosen, lambda: map(json.loads, ledger.records(0)), len(self.plan.layers))
         played = rollout(
             self.env,
             self._policy(chosen, offsets),

@@ -42,7 +42,7 @@ def play_alone(
         if episode not in recorded:
             chosen = order(config.search, episode, seed=config.seed)
             started_s = time.perf_counter()
-            offsets = next_candidate(chosen, folder.read_episodes(), len(env.plan.layers))
+            offsets = next_candidate(chosen, folder.read_episodes, len(env.plan.layers))
             played = _play(env, chosen, offsets, config, progress)
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))

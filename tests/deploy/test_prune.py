@@ -183,3 +183,26 @@ def test_what_cannot_be_is_refused(override: str, named: str) -> None:
 def test_a_rule_alone_has_no_controls_beside_it() -> None:
     with pytest.raises(UserError, match=r"search\.controls: expected none beside search\.method = gamma"):
         parse(TINY, ['search.method="gamma"', 'search.controls=["random"]'])
+
+
+@pytest.mark.parametrize("method", ["cem", "untrained", "balanced"])
+def test_others_than_rules_play_alone_too_and_go_on_where_they_stopped(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, no_export: None, method: str
+) -> None:
+    out = tmp_path / "out"
+    sets = ("--set", f'search.method="{method}"', "--set", "search.episodes=12", "--set", "episode.waypoints=4")
+    assert zeroout(monkeypatch, "run", config, *sets, "--out", out) == 0
+    path = out / "episodes.jsonl"
+    lines = path.read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    assert len(records) == 12
+    assert ("offsets" in records[0]) == (method == "cem")
+    path.write_text("".join(f"{line}\n" for line in lines[:11]))
+    for product in ("result.json", "report.html"):
+        (out / product).unlink()
+    assert zeroout(monkeypatch, "resume", out) == 0
+    again = [json.loads(line) for line in path.read_text().splitlines()]
+    # the last episode is the same: what it depends on is in the records of the others
+    unlike = ("seconds", "phases", "finished")
+    last, same = ({key: value for key, value in one.items() if key not in unlike} for one in (records[-1], again[-1]))
+    assert last == same
