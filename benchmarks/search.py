@@ -199,7 +199,7 @@ class Bench:
         since = time.perf_counter()
         if method in PEERS:
             out.parent.mkdir(parents=True, exist_ok=True)
-            path = out.with_suffix(".toml")
+            path = beside(out, ".toml")
             write_atomic(path, dump(config))
             module = ["-m", "benchmarks.search_methods.peers", method, str(path), "--out", str(out)]
             self.process(module, out, f"{method}, seed {seed}")
@@ -222,7 +222,7 @@ class Bench:
     def campaign(self, config: CampaignConfig, out: Path, overrides: list[str], what: str) -> None:
         """`zeroout run`, which goes on where it was stopped."""
         out.parent.mkdir(parents=True, exist_ok=True)
-        path = out.with_suffix(".toml")
+        path = beside(out, ".toml")
         write_atomic(path, dump(config))
         sets = [word for override in overrides for word in ("--set", override)]
         self.process(["-m", "deploy.cli", "run", str(path), "--out", str(out), *sets], out, what)
@@ -230,12 +230,17 @@ class Bench:
     def process(self, command: list[str], out: Path, what: str) -> None:
         """Run it with one thread of torch; what it prints stands beside its folder."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-        with out.with_suffix(".log").open("ab") as log:
+        with beside(out, ".log").open("ab") as log:
             done = subprocess.run(
                 [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
             )
         if done.returncode:
-            print(f"{what}: ended with {done.returncode}; see {out.with_suffix('.log')}", flush=True)
+            print(f"{what}: ended with {done.returncode}; see {beside(out, '.log')}", flush=True)
+
+
+def beside(out: Path, suffix: str) -> Path:
+    """A file of a campaign's own beside its folder, whose name has dots in it."""
+    return out.with_name(out.name + suffix)
 
 
 def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:
