@@ -4,18 +4,32 @@ What a layer of w filters costs the network's accuracy is taken to be c / w. Fou
 quarter-width VGG16 at 95 %: the widths that were left explain half of the variance of the cross-entropy after the
 short recovery, as a sum of such terms (benchmarks/results/search-log.md). So the filter goes first whose layer is
 harmed least for each parameter that it frees.
+
+Where parameters are counted, computation is free, and it is worth something: c grows with the MACs that each of a
+layer's parameters does; layers of high resolution have many. That shows after a full recovery only.
 """
 
+import torch
 from torch import Tensor
 
 from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.measure import log_freed
 
-__all__ = ["NARROWEST", "balanced"]
+__all__ = ["NARROWEST", "balanced", "first_log_harm"]
 
 #: Filters that a layer is taken to have at the least; an empty one would do infinite harm.
 NARROWEST = 0.5
+#: How c grows with a layer's MACs for a parameter, where not MACs are counted: about the slope over depth that full
+#: recoveries of 5 epochs liked best (trial 7 of the search log).
+_RESOLUTION = 0.7
+
+
+def first_log_harm(plan: ChannelPlan, measure: str, kept: Tensor) -> Tensor:
+    """Log c of each layer before anything is learned, up to what all share: int64 [..., L] kept -> float32 [..., L]."""
+    if measure == "macs":
+        return torch.zeros(kept.shape, device=kept.device)
+    return _RESOLUTION * (log_freed("macs", plan, kept) - log_freed("parameters", plan, kept))
 
 
 def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan, measure: str) -> Tensor:

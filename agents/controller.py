@@ -14,7 +14,7 @@ does harm by being narrow is learned, and so is what makes a filter of a layer b
     Q(s, A) = V(s) - sum_l c_l(s) / w_l - scale * mean over A of r(s, filter)
 
 Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees
-(agents/balance.py). The heads start at zero: on its first day all c are alike, and Taylor decides within a layer.
+(agents/balance.py). The heads start at zero: on its first day it plays the heuristic `balanced`.
 """
 
 import math
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agents.balance import NARROWEST, balanced
+from agents.balance import NARROWEST, balanced, first_log_harm
 from agents.network import Judgement, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
@@ -32,7 +32,7 @@ from env.measure import log_freed
 
 __all__ = ["Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-_HARM = 0.5  # c of every layer on the first day; nats of cross-entropy, in the learner's rescaled units
+_HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
 _SOFT_LIMIT = 5.0  # natural-log units; filters that do nothing at all would otherwise dominate every mean
 
 
@@ -184,7 +184,9 @@ class Controller(QNetwork):
         joined = torch.relu(
             self.layer_input(self._layer_inputs(seen, kept, means)) + self.state_input(memory)[..., None, :]
         )
-        log_harm = math.log(_HARM) + self.layer_output(joined).squeeze(-1) + self.layer_term(memory)
+        first = first_log_harm(self.plan, self.measure, kept)
+        first = first - first.mean(-1, keepdim=True) + math.log(_HARM)
+        log_harm = first + self.layer_output(joined).squeeze(-1) + self.layer_term(memory)
         residual = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
         with torch.no_grad():  # it only ranks
             quality = scores[..., 0] + residual

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.balance import balanced
+from agents.balance import balanced, first_log_harm
 from agents.controller import Controller, Observations
 from agents.ladder import Ladder
 from agents.network import RecurrentState
@@ -76,12 +76,12 @@ def _random_filters(given: _Given) -> Callable[[Observation], Tensor]:
 
 def _balanced(given: _Given) -> Callable[[Observation], Tensor]:
     """Taylor within each layer; across layers whoever does the least harm by leaving a layer narrow."""
-    alike = torch.zeros(1, len(given.plan.layers))
 
     def rank(observation: Observation) -> Tensor:
         alive = torch.as_tensor(observation["keep_mask"]).bool()
         taylor = -_column("log_taylor")(observation)
-        return balanced(taylor[None], alive[None], alike, given.plan, given.measure)[0]
+        log_harm = first_log_harm(given.plan, given.measure, given.plan.kept_per_layer(alive))
+        return balanced(taylor[None], alive[None], log_harm[None], given.plan, given.measure)[0]
 
     return rank
 
