@@ -58,6 +58,7 @@ class Brief:
     data: DataConfig
     episode: EpisodeConfig
     controller: ControllerConfig
+    controller_start: bytes = b""  # weights that a new Controller takes over as far as they fit (safetensors)
     sequences: SequenceConfig
     learner: LearnerConfig
     replay: ReplayConfig
@@ -83,7 +84,8 @@ class Brief:
 
     def fresh_controller(self, plan: ChannelPlan) -> Controller:
         """The Controller before any learning."""
-        return fresh_controller(self.controller, plan, self.measure.name, seed=self.seed)
+        start = self.controller_start
+        return fresh_controller(self.controller, plan, self.measure.name, start=start, seed=self.seed)
 
     def network(self) -> torch.nn.Module:
         """The baseline, on the CPU."""
@@ -101,11 +103,19 @@ class Services:
         self.replay = open_replay([client], brief.prefix, brief.replay, generator)
 
 
-def fresh_controller(config: ControllerConfig, plan: ChannelPlan, measure: str, *, seed: int) -> Controller:
-    """A campaign's Controller before any learning; the same for every worker."""
+def fresh_controller(
+    config: ControllerConfig, plan: ChannelPlan, measure: str, *, start: bytes, seed: int
+) -> Controller:
+    """A campaign's Controller before any learning; the same for every worker.
+
+    `start` is what another campaign has learned (safetensors), taken over as far as it fits; may be empty.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "controller"))
-        return Controller(config, plan, measure)
+        made = Controller(config, plan, measure)
+    if start:
+        made.adopt(load_tensors(start))
+    return made
 
 
 class Player:

@@ -18,6 +18,7 @@ Its ranking is that Q's own: the filter goes first that does the least harm for 
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -44,6 +45,7 @@ class ControllerConfig:
     hidden_size: int = 64  # of the LSTM
     layer_size: int = 32  # of the head that all layers share
     advantage_scale: float = 0.1  # natural-log units of score to units of reward
+    weights: str = ""  # controller.safetensors of an earlier campaign to start from, also of one for another network
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
@@ -152,6 +154,21 @@ class Controller(QNetwork):
         if self.config.observation == "mask":
             return Judgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
         return self._judge_shape(seen, memory, value, kept), (h[0], c[0])
+
+    @torch.no_grad()
+    def adopt(self, weights: Mapping[str, Tensor]) -> list[str]:
+        """Take over every parameter that `weights` has in the same shape; returns the names of the others.
+
+        What belongs to a network's own layers does not fit another network: the head that all layers share does.
+        """
+        left = []
+        for name, mine in self.state_dict().items():
+            given = weights.get(name)
+            if given is not None and given.shape == mine.shape and bool(given.isfinite().all()):
+                mine.copy_(given)
+            else:
+                left.append(name)
+        return left
 
     def q_of(self, judgement: Judgement, action: Tensor, seen: Observations) -> Tensor:
         """Q(s, A) for sets of filters: bool [T, B, F] -> float32 [T, B]."""

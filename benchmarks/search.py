@@ -45,7 +45,7 @@ All but the last two play equally many episodes, each with the same retraining; 
 cross-entropy on validation is then recovered, with the same epochs and seed for every method, and judged once on test.
 A method is a campaign in a folder of its own under .search/, so a run that is stopped goes on where it was; its row is
 written to benchmarks/results/search/CELL.jsonl with a fingerprint of its configuration, and is not made again while
-that stays the same. Delete the row to make it again.
+that stays the same, whatever happens to the code (the row names its commit). Delete the row to make it again.
 
 examples:
   python -m benchmarks.search --data .data --seeds 5 6 7 8 9            the first cell
@@ -211,6 +211,7 @@ class Bench:
             "seed": seed,
             "fingerprint": print_of,
             "machine": cpu_name(),
+            "commit": commit(),
             "wall_s": round(time.perf_counter() - since, 1),
         }
         self.rows.append(row)
@@ -236,6 +237,14 @@ class Bench:
             )
         if done.returncode:
             print(f"{what}: ended with {done.returncode}; see {beside(out, '.log')}", flush=True)
+
+
+def commit() -> str:
+    """Of the code that made a row; a row is not made again because the code has changed."""
+    asked = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return asked.stdout.strip()
 
 
 def beside(out: Path, suffix: str) -> Path:

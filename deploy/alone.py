@@ -13,6 +13,7 @@ from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
+from deploy.controller_file import read_controller
 from deploy.folder import CampaignFolder
 from deploy.prepare import Baseline, default_device
 from deploy.progress import Progress
@@ -67,6 +68,7 @@ def _play(
         progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
 
     measure = env.recognizer.measure.name
-    controller = fresh_controller(config.controller, env.plan, measure, seed=config.seed)
+    start = read_controller(config.controller)
+    controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed)
     policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)

@@ -64,6 +64,14 @@ WeightsOption = Annotated[
 DataOption = Annotated[
     str, typer.Option("--data", help="digits, cifar10, or a folder of images with one folder for each class.")
 ]
+ControllerOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--controller",
+        help="controller.safetensors of an earlier campaign's folder, also of another network: what its Controller has "
+        "learned of layers is where this one starts.",
+    ),
+]
 ControlsOption = Annotated[
     bool,
     typer.Option(
@@ -84,6 +92,7 @@ def run(
     overrides: SetOption = None,
     redis: RedisOption = "",
     ray_address: RayOption = None,
+    controller: ControllerOption = None,
     controls: ControlsOption = False,
 ) -> None:
     """Run a campaign: prepare, search, recover, export, report.
@@ -94,6 +103,8 @@ def run(
     from deploy.config import load
 
     extra = _what(model, weights, data)
+    if controller is not None:
+        extra.append(f"controller.weights={json.dumps(str(controller.absolute()))}")
     if controls:
         extra.append('search.controls=["random", "taylor", "cem", "untrained"]')
     if ray_address:

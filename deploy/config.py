@@ -26,7 +26,7 @@ from learner.sequence import SequenceConfig
 
 __all__ = ["CampaignConfig", "ClusterConfig", "dump", "load", "parse"]
 
-#: Episodes that are played before anything is learned from them, where the configuration says nothing.
+#: Episodes of its own that a Controller is not taught before, where the configuration says nothing; a quarter at most.
 _FIRST_EPISODES = 6
 
 
@@ -91,7 +91,8 @@ class CampaignConfig:
     @property
     def replay_in_search(self) -> ReplayConfig:
         """The replay's configuration; learning starts when the teachers have played, or some episodes of its own."""
-        first = self.replay.min_sequences or max(self.search.teachers, _FIRST_EPISODES)
+        some = min(_FIRST_EPISODES, self.search.per_group // 4)
+        first = self.replay.min_sequences or max(1, self.search.teachers, some)
         return dataclasses.replace(self.replay, min_sequences=min(first, self.search.per_group))
 
 

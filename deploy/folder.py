@@ -160,6 +160,11 @@ class CampaignFolder:
         return self.path / "campaign.toml"
 
     @property
+    def controller(self) -> Path:
+        """The Controller when the search was over, for another campaign to start from."""
+        return self.path / "controller.safetensors"
+
+    @property
     def versions_json(self) -> Path:
         """What `versions()` returned when the campaign was started."""
         return self.path / "versions.json"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from deploy.config import CampaignConfig
+from deploy.controller_file import check_controller
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.progress import Progress
 from env.channels import ChannelPlan
@@ -87,6 +88,9 @@ def preflight(
         )
     if config.episode.measure == "macs":
         _check_macs(plan, warn)
+    left = check_controller(config.controller, plan)
+    if left:
+        warn(f"controller.weights: of another network, so these begin anew: {', '.join(left)}")
     measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:

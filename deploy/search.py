@@ -23,6 +23,7 @@ from actors.records import slot
 from deploy.alone import play_alone
 from deploy.candidates import keep_better, missing, require_candidates, write_frontier
 from deploy.config import CampaignConfig
+from deploy.controller_file import read_controller
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
 from deploy.prepare import Baseline
@@ -31,10 +32,14 @@ from deploy.redis_server import EmbeddedServer
 from env.compact_file import network_to_bytes
 from env.data import Dataset
 from env.errors import UserError, ZerooutError
+from learner.replay.codec import PayloadError
 from learner.replay.connection import check_server, connect, redact, retrying
 from learner.replay.ledger import Ledger
+from learner.replay.weights import WeightStore
 
 __all__ = ["search"]
+
+_log = logging.getLogger(__name__)
 
 _POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
@@ -85,6 +90,7 @@ def _play_on_ray(
         stack.enter_context(_ray(config, progress))
         _Watch(folder, config, brief, dataset, ledger, progress).run()
         _keep_candidates(ledger, folder, config)
+        _keep_controller(WeightStore(client, brief.prefix), folder)
     require_candidates(folder, config)
 
 
@@ -102,6 +108,7 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         data=config.data,
         episode=config.episode,
         controller=config.controller,
+        controller_start=read_controller(config.controller),
         sequences=config.sequence,
         learner=config.learner,
         replay=config.replay_in_search,
@@ -303,6 +310,17 @@ def _keep_candidates(ledger: Ledger, folder: CampaignFolder, config: CampaignCon
     """Write the best networks that Redis has into the folder."""
     slots = [slot(group, target) for group in config.search.groups for target in config.episode.targets]
     keep_better(folder, (best for best in map(ledger.best, slots) if best is not None))
+
+
+def _keep_controller(weights: WeightStore, folder: CampaignFolder) -> None:
+    """Write what the learner published last into the folder: another campaign can start from it."""
+    try:
+        newest = weights.pull(-1)
+    except PayloadError as error:
+        _log.warning("the learned Controller is not kept: %s", error)
+        return
+    if newest is not None:
+        write_atomic(folder.controller, newest[1])
 
 
 def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:

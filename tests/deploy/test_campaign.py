@@ -200,6 +200,7 @@ def test_a_campaign_delivers_what_the_contract_promises(tmp_path: Path, environm
 def assert_learned_on_the_way(out: Path) -> None:
     """The learner made updates, and checkpoints of them; the same place has the same luck in every group."""
     assert list((out / "checkpoints").glob("update-*/manifest.json"))
+    assert (out / "controller.safetensors").is_file()
     seeds = {}
     for record in episodes(out):
         seeds.setdefault(record["id"] % 6, set()).add(record["seed"])
