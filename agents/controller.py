@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.balance import NARROWEST, balanced, first_log_harm
-from agents.network import Judgement, QNetwork, RecurrentState
+from agents.network import Judgement, OverTime, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
@@ -64,22 +64,13 @@ class ControllerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Observations:
-    """What the Controller reads, time first."""
+class Observations(OverTime):
+    """What the Controller reads."""
 
     accuracy: Tensor  # float32 [T, B], in [0, 1]
     compression: Tensor  # float32 [T, B], in [-1, 1]
     keep_mask: Tensor  # bool [T, B, F]
     features: Tensor  # float32 [T, B, F, 3], log scores in the order of env.importance.FEATURES; 0 where gone
-
-    def __getitem__(self, time: slice) -> "Observations":
-        """A stretch of time."""
-        return Observations(
-            accuracy=self.accuracy[time],
-            compression=self.compression[time],
-            keep_mask=self.keep_mask[time],
-            features=self.features[time],
-        )
 
     def to(self, device: torch.device | str) -> "Observations":
         """The same on another device."""
@@ -97,15 +88,6 @@ class ShapeJudgement(Judgement):
 
     log_harm: Tensor  # float32 [T, B, L], log c
     residual: Tensor  # float32 [T, B, F], r: added to a filter's log score; 0 where gone
-
-    def __getitem__(self, time: slice) -> "ShapeJudgement":
-        """A stretch of time."""
-        return ShapeJudgement(
-            value=self.value[time],
-            advantage=self.advantage[time],
-            log_harm=self.log_harm[time],
-            residual=self.residual[time],
-        )
 
 
 class Controller(QNetwork):

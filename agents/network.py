@@ -6,27 +6,32 @@ Axes: T time, B batch.
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, fields
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActionRule", "Judgement", "QNetwork", "RecurrentState"]
+__all__ = ["ActionRule", "Judgement", "OverTime", "QNetwork", "RecurrentState"]
 
 RecurrentState = tuple[Tensor, Tensor]  # LSTM h and c, each float32 [B, H]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judgement:
+class OverTime:
+    """A dataclass of tensors, time first."""
+
+    def __getitem__(self, time: slice) -> Self:
+        """A stretch of time."""
+        return type(self)(**{field.name: getattr(self, field.name)[time] for field in fields(self)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judgement(OverTime):
     """What a dueling network (Wang et al. 2016) says of T x B states."""
 
     value: Tensor  # float32 [T, B]
     advantage: Tensor  # float32 [T, B, A], of each action, or of each filter
-
-    def __getitem__(self, time: slice) -> "Judgement":
-        """A stretch of time."""
-        return Judgement(value=self.value[time], advantage=self.advantage[time])
 
 
 class QNetwork(nn.Module, ABC):

@@ -16,6 +16,7 @@ from agents.balance import balanced, first_log_harm
 from agents.controller import Controller, Observations
 from agents.ladder import Ladder
 from agents.network import RecurrentState
+from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.importance import FEATURES
 
@@ -93,18 +94,10 @@ def _allocation(plan: ChannelPlan, offsets: Tensor) -> Callable[[Observation], T
         alive = torch.as_tensor(observation["keep_mask"]).bool()
         l1 = torch.as_tensor(observation["features"][:, FEATURES.index("log_l1")])
         gone = (plan.widths - plan.kept_per_layer(alive))[plan.layer_of]
-        share = (gone + _rank_within_layers(l1, alive, plan)) / plan.widths[plan.layer_of]
+        before = places_in_layers(places(-l1[None], alive[None]), alive[None], plan)[0]
+        share = (gone + before) / plan.widths[plan.layer_of]
         return offsets[plan.layer_of] - share
 
-    return rank
-
-
-def _rank_within_layers(values: Tensor, alive: Tensor, plan: ChannelPlan) -> Tensor:
-    """How many living filters of the same layer have a smaller value: int64 [F]."""
-    rank = torch.zeros(plan.units, dtype=torch.int64)
-    for layer in plan.layers:
-        mine = torch.arange(layer.first, layer.first + layer.units)[alive[layer.first : layer.first + layer.units]]
-        rank[mine[values[mine].argsort(stable=True)]] = torch.arange(len(mine))
     return rank
 
 

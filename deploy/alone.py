@@ -3,14 +3,13 @@
 import copy
 import time
 
-import numpy as np
-
 from actors.deciders import decider, next_candidate
 from actors.player import fresh_controller
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
+from agents.policies import Policy
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
 from deploy.controller_file import read_controller
@@ -38,13 +37,16 @@ def play_alone(
         device=default_device(),
     )
     env = CompressionEnv(recognizer, config.episode, features=True, seed=config.seed)
+    start, measure = read_controller(config.controller), baseline.measure.name
+    controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
     recorded = {record["id"] for record in folder.read_episodes()}
     for episode in range(config.search.total):
         if episode not in recorded:
             chosen = order(config.search, episode, seed=config.seed)
             started_s = time.perf_counter()
             offsets = next_candidate(chosen, folder.read_episodes, len(env.plan.layers))
-            played = _play(env, chosen, offsets, config, progress)
+            policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
+            played = _play(env, chosen, policy, config, progress)
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))
             seconds = time.perf_counter() - started_s
@@ -53,7 +55,7 @@ def play_alone(
 
 
 def _play(
-    env: CompressionEnv, chosen: EpisodeOrder, offsets: np.ndarray | None, config: CampaignConfig, progress: Progress
+    env: CompressionEnv, chosen: EpisodeOrder, policy: Policy, config: CampaignConfig, progress: Progress
 ) -> Rollout:
     ladder = Ladder(
         env.plan,
@@ -67,8 +69,4 @@ def _play(
         done = f"episode {chosen.episode + 1} of {config.search.total}, step {step} of {len(ladder)}"
         progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
 
-    measure = env.recognizer.measure.name
-    start = read_controller(config.controller)
-    controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed)
-    policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)

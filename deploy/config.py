@@ -26,7 +26,7 @@ from learner.sequence import SequenceConfig
 
 __all__ = ["CampaignConfig", "ClusterConfig", "dump", "load", "parse"]
 
-#: Episodes of its own that a Controller is not taught before, where the configuration says nothing; a quarter at most.
+#: So many episodes, a quarter of all at most, are played before learning starts, where the configuration says nothing.
 _FIRST_EPISODES = 6
 
 

@@ -153,7 +153,7 @@ def _members(records: Iterable[Record], group: str) -> list[Record]:
 
 
 def _noise(scores: dict[str, list[float]], rival: str) -> float | None:
-    # Taylor repeats one and the same policy, so its spread is noise and nothing else; the others' spread
+    # Taylor and balanced repeat one and the same policy, so their spread is noise and nothing else; the others'
     # holds their exploration too, which can only make the verdict more careful.
     for group in ("taylor", "balanced", rival, "search"):
         values = [value for value in scores.get(group, []) if math.isfinite(value)]

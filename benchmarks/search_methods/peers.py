@@ -7,7 +7,7 @@ from scratch. Both end in the recovery that every campaign has, and leave a resu
 import argparse
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.prepare import Baseline, preflight, prepare, train_shown
 from deploy.progress import Progress, make_progress
 from deploy.recover import Recovery
+from env.augment import normalise
 from env.data import Dataset
 from env.networks import NetworkConfig, build_network
 from env.retraining import evaluate, retrain
@@ -141,13 +142,11 @@ def _once(peer: Peer, network: nn.Module, criterion: str, ratio: float) -> nn.Mo
 
 def _gradients(peer: Peer, network: nn.Module) -> None:
     """Of the cross-entropy of as many training images as our own score sees."""
-    images = peer.recovery.config.episode.score_images
-    batch = peer.dataset.train.take(
-        torch.randperm(len(peer.dataset.train), generator=torch.Generator().manual_seed(0))[:images]
-    )
-    mean, std = (torch.tensor(values)[:, None, None] for values in (peer.dataset.mean, peer.dataset.std))
+    chosen = torch.randperm(len(peer.dataset.train), generator=torch.Generator().manual_seed(0))
+    batch = peer.dataset.train.take(chosen[: peer.recovery.config.episode.score_images])
     network.eval()
-    loss = nn.functional.cross_entropy(network((batch.images.float() / 255 - mean) / std), batch.labels)
+    images = normalise(batch.images, peer.dataset.mean, peer.dataset.std)
+    loss = nn.functional.cross_entropy(network(images), batch.labels)
     loss.backward()  # type: ignore[no-untyped-call]
 
 
@@ -167,13 +166,13 @@ def smaller_from_scratch(peer: Peer) -> tuple[nn.Module, dict[str, Any]]:
         width = (low + high) / 2
         low, high = (width, high) if peer.removed(made(width)) >= peer.target else (low, width)
     network = made(low)
-    training = replace(config.baseline, epochs=config.baseline.epochs)
     train_shown(
-        network, peer.dataset, config, training, name="uniform", section="baseline",
+        network, peer.dataset, config, config.baseline, name="uniform", section="baseline",
         seed=derive_seed(config.seed, "uniform"), checkpoint=peer.folder.path / "uniform.pt",
         folder=peer.folder, progress=peer.recovery.progress,
     )  # fmt: skip
-    return network, {"policy": f"width {low:.4f} from scratch", "images": training.epochs * len(peer.dataset.train)}
+    images = config.baseline.epochs * len(peer.dataset.train)
+    return network, {"policy": f"width {low:.4f} from scratch", "images": images}
 
 
 METHODS: dict[str, Callable[[Peer], tuple[nn.Module, dict[str, Any]]]] = {
@@ -187,7 +186,7 @@ def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
     if (out / "result.json").is_file():
         return
     config = load(config_path)
-    dataset = preflight(config, on_images=lambda done, total: None)
+    dataset = preflight(config)
     folder = CampaignFolder.create(out, dump(config))
     baseline = prepare(folder, config, dataset, progress)
     recovery = Recovery(folder, config, dataset, baseline, progress)

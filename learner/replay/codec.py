@@ -78,8 +78,8 @@ def decode(payload: bytes, *, max_bytes: int = MAX_BYTES) -> dict[str, npt.NDArr
     Raises PayloadError for anything but an intact payload of at most `max_bytes` in this format version.
     """
     table_bytes, body = unseal(_MAGIC, payload, max_bytes=max_bytes)
-    if table_bytes > min(len(body), _MAX_TABLE_BYTES):
-        most = min(len(body), _MAX_TABLE_BYTES)
+    most = min(len(body), _MAX_TABLE_BYTES)
+    if table_bytes > most:
         raise PayloadError("payload's table", expected=f"at most {most} bytes", got=f"{table_bytes}")
     places = _places(bytes(body[:table_bytes]), len(body) - table_bytes, max_bytes)
     first = _HEADER_BYTES + table_bytes

@@ -23,7 +23,7 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from learner.replay.replay import Item, ReplayStats, Sample
+from learner.replay.replay import INSERT_SEQUENCES, Item, ReplayStats, Sample
 
 __all__ = ["PipelinedReplay"]
 
@@ -31,7 +31,6 @@ _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 _UPDATES_BEHIND = 8  # beyond the samples asked for; a learner that is further ahead waits
-_INSERTS_TOGETHER = 256  # sequences
 
 
 class _Replay(Protocol):
@@ -78,7 +77,7 @@ class PipelinedReplay:
         self._raise_failure()
         self._replay.check(items)  # one that cannot be inserted must not take others with it
         with self._opening:
-            if self._open is not None and len(self._open) + len(items) <= _INSERTS_TOGETHER:
+            if self._open is not None and len(self._open) + len(items) <= INSERT_SEQUENCES:
                 self._open.extend(items)
                 return len(items)
         together = list(items)

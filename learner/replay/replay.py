@@ -38,6 +38,7 @@ from learner.replay.info import ReplayInfo, look
 from learner.replay.race import Counts, Race
 
 __all__ = [
+    "INSERT_SEQUENCES",
     "MAX_BATCH",
     "Item",
     "Replay",
@@ -55,7 +56,7 @@ _log = logging.getLogger(__name__)
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _NAMED = 3  # sequences of a batch that are named when they do not decode
-_INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
+INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -361,7 +362,7 @@ def _chunks(sizes: list[int]) -> Iterator[range]:
     """Yield ranges of indices of which each holds few enough sequences and bytes for one script."""
     start, total = 0, 0
     for i, size in enumerate(sizes):
-        if i > start and (i - start >= _INSERT_SEQUENCES or total + size > _INSERT_BYTES):
+        if i > start and (i - start >= INSERT_SEQUENCES or total + size > _INSERT_BYTES):
             yield range(start, i)
             start, total = i, 0
         total += size
