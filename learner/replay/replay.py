@@ -56,7 +56,8 @@ _log = logging.getLogger(__name__)
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _NAMED = 3  # sequences of a batch that are named when they do not decode
-INSERT_SEQUENCES, _INSERT_BYTES = 256, 4 << 20  # of one script, which holds up every other client
+INSERT_SEQUENCES = 256  # of one script, which holds up every other client
+_INSERT_BYTES = 4 << 20  # likewise
 
 
 @dataclass(frozen=True, kw_only=True)
