@@ -167,7 +167,7 @@ class Player:
             on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
         )
         if chosen.group == "search":
-            self.services.replay.insert(list(self._items(claimed, played)))
+            self.services.replay.insert(self._items(claimed, played))
         record = episode_record(
             chosen,
             played,

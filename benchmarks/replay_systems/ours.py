@@ -42,12 +42,11 @@ class Ours(OnRedis):
         assert self._replay is not None
         first = self._inserted
         self._inserted += len(chosen)
-        self._replay.insert(
-            [
-                Item(f"episode-{first + k:08d}", encode(self.sequences[i]), priority)
-                for k, (i, priority) in enumerate(zip(chosen, priorities, strict=True))
-            ]
+        items = (
+            Item(f"episode-{first + k:08d}", encode(self.sequences[i]), priority)
+            for k, (i, priority) in enumerate(zip(chosen, priorities, strict=True))
         )
+        self._replay.insert(list(items) if isinstance(self._replay, PipelinedReplay) else items)
 
     def sample(self, count: int) -> Sample:
         """Draw by priority."""

@@ -4,12 +4,14 @@ Called by everything that holds a `redis.Redis`; the rest of `learner/replay/` t
 helpers at the end (names under one hash tag, scripts from this package).
 """
 
+import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
@@ -27,7 +29,7 @@ from redis.retry import Retry
 
 from env.errors import UserError
 
-__all__ = ["check_server", "connect", "namespace", "redact", "retrying", "script"]
+__all__ = ["Command", "check_server", "connect", "namespace", "redact", "retrying", "script", "streamed"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -39,6 +41,9 @@ _REPEATED = (redis.ConnectionError, redis.TimeoutError, BusyLoadingError, Respon
 _LASTING = (AuthenticationError, AuthorizationError)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 2.0
 _PAUSE_CAP_S, _LEAST_REPEATED = 0.5, 2  # of redis-py's own repetitions
+
+Command = tuple[Any, ...]
+"""A command's name and arguments."""
 
 
 class _Retry(Retry):
@@ -127,6 +132,73 @@ def retrying(call: Callable[[], _T], deadline_s: float, *, url: str) -> _T:
             if failures:
                 _log.warning("Redis at %s answers again after %.1f s", redact(url), time.monotonic() - start)
             return result
+
+
+def streamed(
+    client: redis.Redis, commands: Iterable[Command], again: Callable[[Command], Any], *, ahead: int
+) -> Generator[Any, None, None]:
+    """Yield the answers to `commands`, in order, while up to `ahead` of them are on their way.
+
+    So the server works while the client makes the next command or uses the last answer, and neither has much in hand at
+    once. At the first error, of the server or the connection, what is not yet answered is asked for again, one command
+    after the other by `again`, and so is all that follows: commands must be idempotent.
+    """
+    waiting: deque[Command] = deque()
+    with _Stream(client) as stream:
+        for command in commands:
+            stream.send(command, first=not waiting)
+            waiting.append(command)
+            if len(waiting) >= ahead:
+                yield stream.answer(waiting.popleft(), again)
+        while waiting:
+            yield stream.answer(waiting.popleft(), again)
+
+
+class _Stream:
+    """A connection on which commands are sent before the answers to earlier ones are read; none after an error."""
+
+    def __init__(self, client: redis.Redis) -> None:
+        self._pool = client.connection_pool
+        self._connection: Any = None  # None, too, when it is lost
+        self._unanswered = 0
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(redis.RedisError):
+            self._connection = self._pool.get_connection()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._unanswered:  # nobody else may read those answers
+            self._give_up()
+        elif self._connection is not None:
+            self._pool.release(self._connection)
+
+    def send(self, command: Command, *, first: bool) -> None:
+        """Send a command; a health check may go before it where it is the `first` on its way."""
+        if self._connection is None:
+            return
+        try:
+            self._connection.send_command(*command, check_health=first)
+            self._unanswered += 1
+        except redis.RedisError:
+            self._give_up()
+
+    def answer(self, command: Command, again: Callable[[Command], Any]) -> Any:
+        """Return the answer to the oldest command on its way, which is `command`."""
+        if self._connection is not None:
+            try:
+                answer = self._connection.read_response()
+                self._unanswered -= 1
+                return answer
+            except redis.RedisError:
+                self._give_up()
+        return again(command)
+
+    def _give_up(self) -> None:
+        if self._connection is not None:
+            self._connection.disconnect()
+            self._pool.release(self._connection)
+        self._connection, self._unanswered = None, 0
 
 
 def check_server(client: redis.Redis, url: str) -> None:

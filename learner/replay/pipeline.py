@@ -15,7 +15,7 @@ acknowledged by `flush` only. Inserts in a row that wait to be written go to the
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self, TypeVar
@@ -23,13 +23,14 @@ from typing import Any, Protocol, Self, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from learner.replay.replay import INSERT_SEQUENCES, Item, ReplayStats, Sample
+from learner.replay.replay import Item, ReplayStats, Sample
 
 __all__ = ["PipelinedReplay"]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+_TOGETHER = 256  # sequences that one command inserts
 _UPDATES_BEHIND = 8  # beyond the samples asked for; a learner that is further ahead waits
 
 
@@ -37,7 +38,7 @@ class _Replay(Protocol):
     """What is needed of the replay inside."""
 
     def check(self, items: Sequence[Item]) -> list[float]: ...
-    def insert(self, items: Sequence[Item]) -> int: ...
+    def insert(self, items: Iterable[Item]) -> int: ...
     def sample(self, batch_size: int) -> Sample | None: ...
     def update(self, keys: Sequence[str], priorities: Sequence[float] | npt.NDArray[Any]) -> int: ...
     def reject(self, keys: Sequence[str]) -> int: ...
@@ -77,7 +78,7 @@ class PipelinedReplay:
         self._raise_failure()
         self._replay.check(items)  # one that cannot be inserted must not take others with it
         with self._opening:
-            if self._open is not None and len(self._open) + len(items) <= INSERT_SEQUENCES:
+            if self._open is not None and len(self._open) + len(items) <= _TOGETHER:
                 self._open.extend(items)
                 return len(items)
         together = list(items)

@@ -8,14 +8,14 @@ import contextlib
 import logging
 import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import redis
 from redis.exceptions import ResponseError
 
 from env.errors import UserError
-from learner.replay.connection import namespace, script
+from learner.replay.connection import Command, namespace, script, streamed
 
 __all__ = ["Counts", "Race"]
 
@@ -25,6 +25,8 @@ _TYPES = {"clock": "zset", "data": "hash", "weight": "hash", "age": "zset", "ids
 _SCRIPTS = ("insert", "sample", "update", "reject")
 _COUNTERS = ("size", "bytes", "inserted", "sampled", "evicted", "rejected", "waits", "batch", "generation", "total")
 _KEEP_RESULT_S = 900  # far above the time for which a worker repeats a command
+_AHEAD = 4  # requests on their way at once
+_IDS = 4000  # asked for by one command
 
 
 Counts = dict[str, float]
@@ -36,7 +38,7 @@ class Race:
 
     Attributes:
         clock, data, weight, age, ids, state: names of the keys, see replay.py.
-        last: name of the key of this caller's last result.
+        last: names of the keys of this caller's last results.
 
     """
 
@@ -46,32 +48,60 @@ class Race:
         self._me, self._requests = secrets.token_hex(8), 0
         names = [f"{tag}:replay:{name}" for name in _TYPES]
         self.clock, self.data, self.weight, self.age, self.ids, self.state = names
-        self.last = f"{tag}:replay:last:{self._me}"
-        self._keys = [*names, self.last]
+        self.last = [f"{tag}:replay:last:{self._me}:{place}" for place in range(_AHEAD)]
+        self._keys = names
         self._scripts = {name: script(client, "race.lua", f"{name}.lua") for name in _SCRIPTS}
+        self._by_sha = {loaded.sha: loaded for loaded in self._scripts.values()}
 
     def run(self, name: str, *args: Any) -> Any:
         """Return the result of the script `name`.
 
         Raises UserError when a key is of the wrong type or a counter is no number: nothing was changed then.
         """
+        return self._result(self._again(self._command(name, args)))
+
+    def run_each(self, name: str, requests: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Yield the results of the script `name`, once for the arguments of each request, as `run`.
+
+        The next requests are taken, and sent, while the server works on the ones before.
+        """
+        commands = (self._command(name, args) for args in requests)
+        return map(self._result, streamed(self.client, commands, self._again, ahead=_AHEAD))
+
+    def payloads(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """Return the payloads of sequences just drawn; None for one that has been evicted since."""
+        found: Any = self.client.hmget(self.data, keys)
+        return list(found)
+
+    def holding(self, ids: Sequence[str]) -> int:
+        """Return how many of the ids are held."""
+        parts = (ids[start : start + _IDS] for start in range(0, len(ids), _IDS))
+        return sum(generation is not None for part in parts for generation in self.client.hmget(self.ids, part))
+
+    def _command(self, name: str, args: Sequence[Any]) -> Command:
+        """Return a new request of the script `name`; its result takes the place of that `_AHEAD` requests before."""
         self._requests += 1
-        request: tuple[Any, ...] = (f"{self._me}:{self._requests}", _KEEP_RESULT_S)
+        keys = [*self._keys, self.last[self._requests % _AHEAD]]
+        request = (f"{self._me}:{self._requests}", _KEEP_RESULT_S)
+        return "EVALSHA", self._scripts[name].sha, len(keys), *keys, *request, *args
+
+    def _again(self, command: Command) -> Any:
+        """Return the answer to a script's command, which is loaded where the server does not know it."""
+        _, sha, key_count, *rest = command
         try:
-            (damaged, *names), result = self._scripts[name](keys=self._keys, args=[*request, *args])
+            return self._by_sha[sha](keys=rest[:key_count], args=rest[key_count:])
         except ResponseError as error:
             raise self.explained(error) from error
+
+    def _result(self, answer: Any) -> Any:
+        """Return a script's result; the damage that it has found is logged."""
+        (damaged, *names), result = answer
         if damaged:
             _log.warning(
                 "replay: %d damaged sequences are removed under %s (%s%s)", damaged, self.clock,
                 ", ".join(key.decode(errors="replace") for key in names), ", ..." if damaged > len(names) else "",
             )  # fmt: skip
         return result
-
-    def payloads(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """Return the payloads of sequences just drawn; None for one that has been evicted since."""
-        found: Any = self.client.hmget(self.data, keys)
-        return list(found)
 
     def counts(self, fields: Any) -> Counts:
         """Return the counters from what HGETALL of `state` has answered, an error included; UserError as in `run`."""
@@ -89,7 +119,8 @@ class Race:
     def explained(self, error: Exception) -> Exception:
         """Return the UserError that names the key when `error` is about a foreign value there, else `error`."""
         if "WRONGTYPE" in str(error):
-            for key, expected in zip(self._keys, (*_TYPES.values(), "string"), strict=True):
+            expected_of = dict(zip(self._keys, _TYPES.values(), strict=True)) | dict.fromkeys(self.last, "string")
+            for key, expected in expected_of.items():
                 found: Any = self.client.type(key)
                 if found.decode() not in (expected, "none"):
                     return _foreign(key, expected=f"a value of type {expected}", got=f"a {found.decode()}")

@@ -24,7 +24,7 @@ rejected, and the rest goes on; a key of the wrong type, or a counter that is no
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,6 @@ from learner.replay.info import ReplayInfo, look
 from learner.replay.race import Counts, Race
 
 __all__ = [
-    "INSERT_SEQUENCES",
     "MAX_BATCH",
     "Item",
     "Replay",
@@ -56,8 +55,8 @@ _log = logging.getLogger(__name__)
 _MIN_WEIGHT, _MAX_WEIGHT = 1e-12, 1e12
 MAX_BATCH = 2048  # Lua's `unpack` ends at 8000 values
 _NAMED = 3  # sequences of a batch that are named when they do not decode
-INSERT_SEQUENCES = 256  # of one script, which holds up every other client
-_INSERT_BYTES = 4 << 20  # likewise
+# Of one script. While the server adds one lot the client makes the next, and a small one is still in the CPU's cache.
+_INSERT_SEQUENCES, _INSERT_BYTES = 24, 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,22 +159,29 @@ class Replay:
         self.race = Race(client, prefix)
         self._waiting = WaitingLog(config.replay_ratio)
 
-    def insert(self, items: Sequence[Item]) -> int:
+    def insert(self, items: Iterable[Item]) -> int:
         """Add the items whose ids are new, evicting the oldest sequences beyond the capacity.
 
+        Items that are made as they are asked for, by a generator, are made while the server adds the ones before.
         Returns how many of the ids the replay holds afterwards: the same when the call is repeated. Never waits
         (`stats().actors_waiting` asks for it). Raises ValueError for a priority that is not finite or negative, an
-        empty id, or a payload above `capacity_bytes`, with nothing inserted.
+        empty id, or a payload above `capacity_bytes`; up to a few items before that one may then be left out as well,
+        the others before it are added.
         """
-        weights = self.check(items)
-        waits = self._rng.standard_exponential(len(items)).tolist()
-        held = 0
-        for chunk in _chunks([len(item.payload) for item in items]):
-            args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
-            for i in chunk:
-                args += [items[i].sequence_id, weights[i], waits[i], items[i].payload]
-            held += int(self.race.run("insert", *args))
-        return held
+        ids: list[str] = []
+        held = sum(map(int, self.race.run_each("insert", (self._insertion(chunk, ids) for chunk in _chunks(items)))))
+        evicting = self._config.capacity_bytes > 0 or len(ids) > self._config.capacity_sequences
+        return self.race.holding(ids) if evicting and len(ids) > _INSERT_SEQUENCES else held
+
+    def _insertion(self, chunk: list[Item], ids: list[str]) -> list[Any]:
+        """Return the arguments of one insertion, and add its ids to `ids`."""
+        ids += [item.sequence_id for item in chunk]
+        weights = self.check(chunk)
+        waits = self._rng.standard_exponential(len(chunk)).tolist()
+        args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
+        for item, weight, wait in zip(chunk, weights, waits, strict=True):
+            args += [item.sequence_id, weight, wait, item.payload]
+        return args
 
     def check(self, items: Sequence[Item]) -> list[float]:
         """Return the weights of items that `insert` would take, ValueError where it would not; asks no server."""
@@ -359,16 +365,18 @@ def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) 
     return weights
 
 
-def _chunks(sizes: list[int]) -> Iterator[range]:
-    """Yield ranges of indices of which each holds few enough sequences and bytes for one script."""
-    start, total = 0, 0
-    for i, size in enumerate(sizes):
-        if i > start and (i - start >= INSERT_SEQUENCES or total + size > _INSERT_BYTES):
-            yield range(start, i)
-            start, total = i, 0
-        total += size
-    if start < len(sizes):
-        yield range(start, len(sizes))
+def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+    """Yield the items by as many as one script adds."""
+    chunk: list[Item] = []
+    size = 0
+    for item in items:
+        if chunk and (len(chunk) >= _INSERT_SEQUENCES or size + len(item.payload) > _INSERT_BYTES):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(item)
+        size += len(item.payload)
+    if chunk:
+        yield chunk
 
 
 def _at_least(name: str, value: float, least: float) -> None:

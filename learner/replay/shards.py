@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -71,7 +71,7 @@ class ShardedReplay:
         self._left_out: set[int] = set()
         self._waiting = WaitingLog(config.replay_ratio)
 
-    def insert(self, items: Sequence[Item]) -> int:
+    def insert(self, items: Iterable[Item]) -> int:
         """Add the items whose ids are new, as `Replay.insert`; those of a damaged shard are left out."""
         parts: dict[int, list[Item]] = {}
         for item in items:

@@ -10,7 +10,7 @@ from redis.exceptions import BusyLoadingError, NoPermissionError, OutOfMemoryErr
 
 from deploy.redis_server import EmbeddedServer
 from env.errors import UserError
-from learner.replay.connection import check_server, connect, namespace, redact, retrying
+from learner.replay.connection import Command, check_server, connect, namespace, redact, retrying, streamed
 
 _URL = "redis://me:secret@host:1/0"
 
@@ -158,3 +158,55 @@ def test_a_prefix_becomes_one_hash_tag() -> None:
     for wrong in ("", "a{b", "a b"):
         with pytest.raises(UserError, match="a name without braces or blanks"):
             namespace(wrong)
+
+
+def _again(command: Command) -> str:
+    return f"again {command[1].decode() if isinstance(command[1], bytes) else command[1]}"
+
+
+def test_streamed_commands_go_ahead_and_are_answered_in_order(client: redis.Redis) -> None:
+    made: list[int] = []
+
+    def commands() -> Iterator[Command]:
+        for number in range(7):
+            made.append(number)
+            yield "ECHO", number
+
+    ahead = [(answer, len(made)) for answer in streamed(client, commands(), lambda _: pytest.fail("no error"), ahead=3)]
+    assert ahead == [(b"%d" % number, min(number + 3, 7)) for number in range(7)]
+
+
+def test_a_stream_of_nothing_is_empty(client: redis.Redis) -> None:
+    assert list(streamed(client, [], _again, ahead=3)) == []
+
+
+def test_from_the_first_error_on_every_command_is_asked_for_again(client: redis.Redis) -> None:
+    commands = [("ECHO", 0), ("NOSUCH", 1), ("ECHO", 2), ("ECHO", 3), ("ECHO", 4)]
+    answers = list(streamed(client, commands, _again, ahead=2))
+    assert answers == [b"0", "again 1", "again 2", "again 3", "again 4"]
+    assert client.echo("sound") == b"sound"
+
+
+def test_a_stream_whose_connection_is_lost_goes_on_by_asking_again(client: redis.Redis, redis_url: str) -> None:
+    def commands() -> Iterator[Command]:
+        for number in range(6):
+            if number == 4:
+                with connect(redis_url) as other:
+                    mine = [int(one["id"]) for one in other.client_list() if one["name"] == "streaming"]
+                    other.client_kill_filter(_id=str(mine[0]))
+            yield ("CLIENT", "SETNAME", "streaming") if number == 0 else ("ECHO", number)
+
+    answers = list(streamed(client, commands(), _again, ahead=1))
+    assert answers == [b"OK", b"1", b"2", b"3", "again 4", "again 5"]
+
+
+def test_a_stream_that_finds_no_server_asks_again_for_everything(tmp_path: Path) -> None:
+    with connect(f"unix://{tmp_path}/none.sock", patience_s=0.0) as client:
+        assert list(streamed(client, [("ECHO", 0), ("ECHO", 1)], _again, ahead=2)) == ["again 0", "again 1"]
+
+
+def test_answers_of_a_stream_that_is_given_up_reach_nobody_else(client: redis.Redis) -> None:
+    answers = streamed(client, (("ECHO", number) for number in range(9)), _again, ahead=4)
+    assert next(answers) == b"0"
+    answers.close()
+    assert client.echo("mine") == b"mine"

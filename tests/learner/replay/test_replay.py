@@ -13,7 +13,7 @@ import pytest
 import redis
 from redis.connection import UnixDomainSocketConnection
 from redis.exceptions import OutOfMemoryError
-from replay_state import chosen_server, weights_of
+from replay_state import assert_consistent, chosen_server, weights_of
 
 from deploy.redis_server import EmbeddedServer
 from learner.replay.codec import encode
@@ -321,9 +321,43 @@ def test_a_lost_reply_samples_and_inserts_only_once(redis_url: str, prefix: str)
         stats = replay.stats()
         assert (stats.inserted, stats.sampled) == (6, 8)
         # The same draw: the keys are those of the result that was kept.
-        _request, (granted, kept, _probabilities) = msgpack.Unpacker(io.BytesIO(client.get(replay.race.last)))
-        assert granted == 1
-        assert kept == sample.keys
+        results = [list(msgpack.Unpacker(io.BytesIO(value))) for value in client.mget(replay.race.last) if value]
+        assert [1, sample.keys] in [result[:2] for _request, result in results if isinstance(result, list)]
+
+
+@pytest.mark.parametrize("armed_before", [0, 30, 60, 90])
+def test_a_reply_lost_among_several_inserts_each_sequence_once(redis_url: str, prefix: str, armed_before: int) -> None:
+    def items() -> Iterator[Item]:
+        for item in _items(dict.fromkeys(range(100), 1.0)):
+            if item.sequence_id == f"s{armed_before}":
+                _LosesReplies.armed = 1
+            yield item
+
+    with connect(redis_url) as client:
+        client.connection_pool.connection_class = _LosesReplies
+        replay = Replay(client, prefix, _free(), np.random.default_rng(0))
+        replay.insert(_items({-1: 1.0}))  # loads the script
+        assert replay.insert(items()) == 100
+        assert _LosesReplies.armed == 0
+        stats = replay.stats()
+        assert (stats.size, stats.inserted) == (101, 101)
+        assert_consistent(client, prefix)
+
+
+def test_an_item_that_is_refused_leaves_those_long_before_it_inserted(client: redis.Redis, prefix: str) -> None:
+    replay = Replay(client, prefix, _free(), np.random.default_rng(0))
+    with pytest.raises(ValueError, match="priorities must be finite"):
+        replay.insert(_items(dict.fromkeys(range(200), 1.0) | {200: math.nan} | dict.fromkeys(range(201, 300), 1.0)))
+    assert 100 <= replay.stats().size <= 200
+    assert replay.insert(_items({300: 1.0})) == 1
+    assert_consistent(client, prefix)
+
+
+def test_of_more_items_than_fit_the_last_are_held(client: redis.Redis, prefix: str) -> None:
+    replay = Replay(client, prefix, _free(capacity_sequences=70), np.random.default_rng(0))
+    items = _items(dict.fromkeys(range(200), 1.0))
+    assert replay.insert(iter(items)) == 70
+    assert sorted(client.hkeys(replay.race.ids)) == sorted(item.sequence_id.encode() for item in items[-70:])
 
 
 def test_many_processes_may_insert_sample_and_update_at_once(redis_url: str, prefix: str) -> None:
