@@ -11,7 +11,7 @@ import torch
 
 from actors.schedule import EpisodeOrder
 from agents.controller import Controller
-from agents.cross_entropy import next_offsets
+from agents.cross_entropy import generation_size, next_offsets
 from agents.policies import ControllerPolicy, LayerOffsets, Policy, heuristic
 from env.channels import ChannelPlan
 
@@ -39,13 +39,14 @@ def decider(
 
 
 def next_candidate(
-    chosen: EpisodeOrder, records: Callable[[], Iterable[dict[str, Any]]], layers: int
+    chosen: EpisodeOrder, records: Callable[[], Iterable[dict[str, Any]]], layers: int, *, episodes: int
 ) -> np.ndarray | None:
     """Return what the cross-entropy method plays next, float64 [layers]; None for everyone else.
 
-    `records` gives the campaign's, in order of completion; it is asked only where that method plays.
+    `records` gives the campaign's, in order of completion; it is asked only where that method plays. `episodes` is how
+    many it plays in all.
     """
     if chosen.policy != "cem":
         return None
     finished = [(np.array(record["offsets"]), record["return"]) for record in records() if record["policy"] == "cem"]
-    return next_offsets(finished, layers, seed=chosen.seed)
+    return next_offsets(finished, layers, seed=chosen.seed, generation=generation_size(episodes))

@@ -158,7 +158,12 @@ class Player:
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
         self._pull_weights()
         since = time.perf_counter()
-        offsets = next_candidate(chosen, lambda: map(json.loads, ledger.records(0)), len(self.plan.layers))
+        offsets = next_candidate(
+            chosen,
+            lambda: map(json.loads, ledger.records(0)),
+            len(self.plan.layers),
+            episodes=self.brief.schedule.per_group,
+        )
         played = rollout(
             self.env,
             self._policy(chosen, offsets),

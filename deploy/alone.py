@@ -44,7 +44,9 @@ def play_alone(
         if episode not in recorded:
             chosen = order(config.search, episode, seed=config.seed)
             started_s = time.perf_counter()
-            offsets = next_candidate(chosen, folder.read_episodes, len(env.plan.layers))
+            offsets = next_candidate(
+                chosen, folder.read_episodes, len(env.plan.layers), episodes=config.search.per_group
+            )
             policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
             played = _play(env, chosen, policy, config, progress)
             # networks first: a record says that its network is safe

@@ -15,7 +15,7 @@ import actors.player
 from actors.player import Brief, Player
 from actors.rollout import Rollout, rollout
 from actors.schedule import order
-from agents.cross_entropy import next_offsets
+from agents.cross_entropy import generation_size, next_offsets
 from env.compact_file import network_from_bytes
 from env.data import Dataset
 from env.retraining import Metrics
@@ -217,7 +217,7 @@ def test_the_cross_entropy_method_goes_on_from_the_records_of_its_own_episodes(
     record = played(player)
     assert set(record) == RECORD | {"offsets"}
     layers, seed = len(player.plan.layers), order(brief.schedule, 21, seed=brief.seed).seed
-    assert record["offsets"] == next_offsets(finished, layers, seed=seed).tolist()
+    assert record["offsets"] == next_offsets(finished, layers, seed=seed, generation=generation_size(11)).tolist()
     assert np.mean(record["offsets"]) > 1  # half way from 0 to about 5
 
 

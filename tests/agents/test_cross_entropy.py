@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from agents.cross_entropy import next_offsets
+from agents.cross_entropy import generation_size, next_offsets
 
 Episodes = list[tuple[np.ndarray, float]]
 
@@ -61,3 +61,15 @@ def test_it_finds_the_optimum_of_a_quadratic(start: int) -> None:
         finished.append((offsets, -float(((offsets - optimum) ** 2).sum())))
     late = np.mean([offsets for offsets, _ in finished[-50:]], axis=0)
     np.testing.assert_allclose(late, optimum, atol=0.2)  # 50 draws: standard error 0.06
+
+
+@pytest.mark.parametrize(("episodes", "size"), [(1, 3), (12, 3), (16, 4), (23, 5), (40, 10), (1000, 10)])
+def test_few_episodes_have_small_generations(episodes: int, size: int) -> None:
+    assert generation_size(episodes) == size
+
+
+def test_a_small_generation_moves_early_to_the_best_quarter_of_the_last_two() -> None:
+    # of four the best two are 2 and 3 (mean 2.5), of eight 6 and 7 (mean 6.5)
+    finished = episodes([float(i) for i in range(8)])
+    np.testing.assert_allclose((next_offsets(finished[:4], 3, seed=7, generation=4) - noise(7))[0], 1.25)
+    np.testing.assert_allclose((next_offsets(finished, 3, seed=7, generation=4) - noise(7))[0], 1.25 + (6.5 - 1.25) / 2)
