@@ -5,31 +5,24 @@ quarter-width VGG16 at 95 %: the widths that were left explain half of the varia
 short recovery, as a sum of such terms (benchmarks/results/search-log.md). So the filter goes first whose layer is
 harmed least for each parameter that it frees.
 
-Where parameters are counted, computation is free, and it is worth something: c grows with the MACs that each of a
-layer's parameters does; layers of high resolution have many. That shows after a full recovery only.
+With c alike in all layers that is the heuristic `balanced`, and what it leaves of a network is its usual shape: the
+Controller learns by how much other shapes are better or worse.
 """
 
+from collections.abc import Iterator
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.measure import log_freed
 
-__all__ = ["NARROWEST", "balanced", "first_log_harm"]
+__all__ = ["NARROWEST", "UsualShapes", "balanced"]
 
 #: Filters that a layer is taken to have at the least; an empty one would do infinite harm.
 NARROWEST = 0.5
-#: How c grows with a layer's MACs for a parameter, where not MACs are counted: about the slope over depth that full
-#: recoveries of 5 epochs liked best (trial 7 of the search log).
-_RESOLUTION = 0.7
-
-
-def first_log_harm(plan: ChannelPlan, measure: str, kept: Tensor) -> Tensor:
-    """Log c of each layer before anything is learned, up to what all share: int64 [..., L] kept -> float32 [..., L]."""
-    if measure == "macs":
-        return torch.zeros(kept.shape, device=kept.device)
-    return _RESOLUTION * (log_freed("macs", plan, kept) - log_freed("parameters", plan, kept))
+_FINENESS = 50  # of a layer's filters, one part is taken at a time on the way to the usual shapes
 
 
 def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan, measure: str) -> Tensor:
@@ -56,3 +49,45 @@ def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan
     after = (before - 1).clamp(min=NARROWEST)
     harm = (1.0 / after - 1.0 / before).log() + log_harm[..., layer_of]
     return log_freed(measure, plan, kept)[..., layer_of] - harm
+
+
+class UsualShapes(nn.Module):
+    """What the rule `balanced` leaves of a network, whatever its filters are worth: widths by what is removed.
+
+    Args:
+        plan: the network's units.
+        measure: what compression is counted in, one of `env.channels.MEASURES`.
+
+    """
+
+    removed: Tensor  # float32 [S], rising from 0
+    widths: Tensor  # float32 [S, L]
+
+    def __init__(self, plan: ChannelPlan, measure: str) -> None:
+        super().__init__()
+        self._plan, self._measure = plan, measure
+        shapes = torch.stack(list(_narrowing(plan, measure)))
+        self.register_buffer("widths", shapes.float(), persistent=False)
+        self.register_buffer("removed", self._removed(shapes), persistent=False)
+
+    def forward(self, kept: Tensor) -> Tensor:
+        """The usual widths where as much is removed as with `kept`: int64 [..., L] -> float32 [..., L]."""
+        at = torch.searchsorted(self.removed, self._removed(kept)).clamp(max=len(self.removed) - 1)
+        return self.widths[at]
+
+    def _removed(self, kept: Tensor) -> Tensor:
+        plan, measure = self._plan, self._measure
+        return (1.0 - plan.cost(measure, kept) / plan.cost(measure, plan.widths.to(kept.device))).float()
+
+
+def _narrowing(plan: ChannelPlan, measure: str) -> Iterator[Tensor]:
+    """The shapes on the way from the full network to one filter a layer, int64 [L] each."""
+    kept = plan.widths.clone()
+    while True:
+        yield kept.clone()
+        harm = 1.0 / (kept - 1).clamp(min=NARROWEST) - 1.0 / kept.clamp(min=1)
+        worth = torch.where(kept > 1, log_freed(measure, plan, kept) - harm.log(), -torch.inf)
+        layer = int(worth.argmax())
+        if kept[layer] <= 1:
+            return
+        kept[layer] -= max(1, int(kept[layer]) // _FINENESS)

@@ -8,13 +8,16 @@ value and the mean advantage of the set (a dueling head, Wang et al. 2016, carri
 
     Q(s, A) = V(s) + scale * (mean of the advantages over A - mean over all that live)
 
-`features`, the default, judges what a set leaves of the network's shape: w_l filters of layer l after A. What a layer
-does harm by being narrow is learned, and so is what makes a filter of a layer better than another:
+`features`, the default, judges what a set leaves of the network's shape: w_l filters of layer l after A, beside the u_l
+that the rule `balanced` usually leaves where as much is gone (agents/balance.py). How much harm a layer does by being
+narrow is learned, and so is what makes a filter of a layer better than another:
 
-    Q(s, A) = V(s) - sum_l c_l(s) / w_l - scale * mean over A of r(s, filter)
+    Q(s, A) = V(s) - sum_l c_l(s) (1 / w_l - 1 / u_l) - scale * mean over A of r(s, filter)
 
-Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees
-(agents/balance.py). The heads start at zero: on its first day it plays the heuristic `balanced`.
+Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. The heads start
+at zero: on its first day all c are alike, and it plays `balanced`. The u_l make no difference between actions that
+remove as much. They are there for learning: a shape's own part in Q is then about 0 in the mean of all episodes and at
+every step, so that V alone takes up the mean return, and few updates tell the layers apart (trial 11 of the log).
 """
 
 import math
@@ -24,7 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from agents.balance import NARROWEST, balanced, first_log_harm
+from agents.balance import NARROWEST, UsualShapes, balanced
 from agents.network import Judgement, OverTime, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
@@ -116,9 +119,10 @@ class Controller(QNetwork):
         if config.observation == "mask":
             self.advantage = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, plan.units))
         else:
+            self.usual = UsualShapes(plan, measure)
             self.layer_input = nn.Linear(_LAYER_INPUTS, config.layer_size)
             self.state_input = nn.Linear(hidden, config.layer_size, bias=False)
-            self.layer_output = nn.Linear(config.layer_size, 1, bias=False)
+            self.layer_output = nn.Linear(config.layer_size + _LAYER_INPUTS, 1, bias=False)
             self.layer_term = nn.Linear(hidden, layers)
             self.filter_weights = nn.Linear(hidden, len(FEATURES))
             for head in (self.layer_output, self.layer_term, self.filter_weights):
@@ -157,9 +161,8 @@ class Controller(QNetwork):
         scale = self.config.advantage_scale
         if not isinstance(judgement, ShapeJudgement):
             return set_value(judgement, action, seen.keep_mask, scale=scale)
-        left = self.plan.kept_per_layer(seen.keep_mask & ~action).clamp(min=NARROWEST)
-        shape = (judgement.log_harm.exp() / left).sum(-1)
-        return judgement.value - shape - scale * _masked_mean(judgement.residual, action)
+        harm = self._harm(judgement.log_harm, self.plan.kept_per_layer(seen.keep_mask & ~action))
+        return judgement.value - harm - scale * _masked_mean(judgement.residual, action)
 
     def q_all(self, judgement: Judgement, seen: Observations) -> Tensor:
         """Q of removing each filter alone, float32 [T, B, F]; that of removing none where it is gone."""
@@ -168,24 +171,27 @@ class Controller(QNetwork):
             everyone = _masked_mean(judgement.advantage, seen.keep_mask)[..., None]
             alone = torch.where(seen.keep_mask, judgement.advantage - everyone, 0.0)
             return judgement.value[..., None] + scale * alone
-        kept, harm = self.plan.kept_per_layer(seen.keep_mask).float(), judgement.log_harm.exp()
-        before = kept.clamp(min=NARROWEST)
-        one_less = harm / (kept - 1).clamp(min=NARROWEST) - harm / before
-        nothing = judgement.value - (harm / before).sum(-1)
-        alone = one_less[..., self.layer_of] + scale * judgement.residual
-        return nothing[..., None] - torch.where(seen.keep_mask, alone, 0.0)
+        kept = self.plan.kept_per_layer(seen.keep_mask)
+        one_less = (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)
+        harm = self._harm(judgement.log_harm[..., None, :], one_less)[..., self.layer_of]
+        alone = harm + scale * judgement.residual
+        nothing = self._harm(judgement.log_harm, kept)[..., None]
+        return judgement.value[..., None] - torch.where(seen.keep_mask, alone, nothing)
+
+    def _harm(self, log_harm: Tensor, left: Tensor) -> Tensor:
+        """What a shape does to the return, beside the usual one: log c [..., L], int64 [..., L] left -> [...]."""
+        usual: Tensor = self.usual(left)
+        return (log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
 
     def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
         alive = seen.keep_mask
         scores = _soft_limit(_centred(seen.features, alive[..., None]))
         means = _layer_means(scores, self.layer_of, kept)
         within = (scores - means[..., self.layer_of, :]) * alive[..., None]
-        joined = torch.relu(
-            self.layer_input(self._layer_inputs(seen, kept, means)) + self.state_input(memory)[..., None, :]
-        )
-        first = first_log_harm(self.plan, self.measure, kept)
-        first = first - first.mean(-1, keepdim=True) + math.log(_HARM)
-        log_harm = first + self.layer_output(joined).squeeze(-1) + self.layer_term(memory)
+        inputs = self._layer_inputs(seen, kept, means)
+        joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
+        shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
+        log_harm = math.log(_HARM) + shared + self.layer_term(memory)
         residual = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
         with torch.no_grad():  # it only ranks
             quality = scores[..., 0] + residual
@@ -198,14 +204,18 @@ class Controller(QNetwork):
         widths, layers = self.plan.widths.to(kept.device), kept.shape[-1]
         depth = torch.linspace(-1.0, 1.0, layers, device=kept.device).expand(kept.shape)
         freed = log_freed(self.measure, self.plan, kept)
-        own = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed / _LOG_SCALE, depth, depth.square()]
+        resolution = log_freed("macs", self.plan, kept) - log_freed("parameters", self.plan, kept)
+        resolution = resolution - resolution.mean(-1, keepdim=True)
+        sizes = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed / _LOG_SCALE]
+        own = [*sizes, resolution, depth, depth.square()]
         shared = seen.compression[..., None].expand(kept.shape)
         return torch.cat([torch.stack([*own, shared], dim=-1), means / _LOG_SCALE], dim=-1)
 
 
 _LOG_SCALE = 5.0  # brings logarithms of widths, costs and scores to about [-2, 2]
-#: of a layer: share and log of what is left, log cost, depth and its square; the compression; mean log scores
-_LAYER_INPUTS = 6 + len(FEATURES)
+#: of a layer: share and log of what is left, log cost, log of the MACs that a parameter does, depth and its square; the
+#: compression; mean log scores
+_LAYER_INPUTS = 7 + len(FEATURES)
 
 
 def set_value(judgement: Judgement, action: Tensor, alive: Tensor, *, scale: float) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from agents.balance import balanced, first_log_harm
+from agents.balance import balanced
 from agents.controller import Controller, Observations
 from agents.ladder import Ladder
 from agents.network import RecurrentState
@@ -81,8 +81,8 @@ def _balanced(given: _Given) -> Callable[[Observation], Tensor]:
     def rank(observation: Observation) -> Tensor:
         alive = torch.as_tensor(observation["keep_mask"]).bool()
         taylor = -_column("log_taylor")(observation)
-        log_harm = first_log_harm(given.plan, given.measure, given.plan.kept_per_layer(alive))
-        return balanced(taylor[None], alive[None], log_harm[None], given.plan, given.measure)[0]
+        alike = torch.zeros(1, len(given.plan.layers))
+        return balanced(taylor[None], alive[None], alike, given.plan, given.measure)[0]
 
     return rank
 

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -120,21 +121,24 @@ def shaped(*, log_harm: list[float], residual: list[float]) -> ShapeJudgement:
 
 def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
     made, seen = controller("features"), observations(1, 1, dead=0.0)
+    made.usual.removed, made.usual.widths = torch.tensor([0.0]), torch.tensor([[5.0, 4.0, 2.0]])  # whatever is removed
+    usual = 1 / 5 + 2 / 4 + 3 / 2
     seen.keep_mask[..., 5:7] = False
     judgement = shaped(log_harm=[0.0, math.log(2.0), math.log(3.0)], residual=[float(i) for i in range(15)])
     action = torch.zeros(1, 1, 15, dtype=torch.bool)
     # left: 5, 5, 3 of the three layers
-    nothing = 2.0 - (1 / 5 + 2 / 5 + 3 / 3)
+    nothing = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 3)
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(nothing)
     action[..., [1, 4, 8]] = True  # left: 3, 4, 3; their residuals are 13 / 3 in the mean
-    expected = 2.0 - (1 / 3 + 2 / 4 + 3 / 3) - 0.1 * 13 / 3
+    expected = 2.0 + usual - (1 / 3 + 2 / 4 + 3 / 3) - 0.1 * 13 / 3
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
     alone = made.q_all(judgement, seen)[0, 0]
     assert float(alone[5]) == pytest.approx(nothing)  # gone already
-    assert float(alone[8]) == pytest.approx(2.0 - (1 / 5 + 2 / 4 + 3 / 3) - 0.1 * 8)
+    assert float(alone[8]) == pytest.approx(2.0 + usual - (1 / 5 + 2 / 4 + 3 / 3) - 0.1 * 8)
     action[:] = False
     action[..., 12:] = True  # a layer left empty is taken to have half a filter
-    assert float(made.q_of(judgement, action, seen)) == pytest.approx(2.0 - (1 / 5 + 2 / 5 + 3 / 0.5) - 0.1 * 13)
+    expected = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 0.5) - 0.1 * 13
+    assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
 
 
 def test_what_harms_more_goes_later_and_a_residual_changes_the_order_within_its_layer() -> None:
@@ -152,6 +156,24 @@ def test_what_harms_more_goes_later_and_a_residual_changes_the_order_within_its_
     # gamma decides now instead of Taylor
     order = after.advantage[0, 0, middle].argsort(descending=True)
     assert torch.equal(order, seen.features[0, 0, middle, 1].argsort())
+
+
+def test_the_usual_shape_is_worth_the_state_s_value_whatever_is_removed() -> None:
+    made, seen = trained("features"), observations(1, 1, dead=0.0)
+    judgement, _ = made(seen, made.initial_state())
+    judgement = dataclasses.replace(judgement, residual=torch.zeros(1, 1, 15))
+    for shape in made.usual.widths.long().tolist():
+        action = torch.cat([torch.arange(width) >= left for width, left in zip((5, 7, 3), shape, strict=True)])
+        torch.testing.assert_close(made.q_of(judgement, action[None, None], seen), judgement.value)
+
+
+def test_removing_one_filter_is_judged_alike_alone_and_as_a_set() -> None:
+    made, seen = trained("features"), observations(2, 2)
+    judgement, _ = made(seen, made.initial_state(2))
+    alone = made.q_all(judgement, seen)
+    for unit in range(15):
+        action = (torch.arange(15) == unit) & seen.keep_mask
+        torch.testing.assert_close(alone[..., unit], made.q_of(judgement, action, seen))
 
 
 @pytest.mark.parametrize("kind", KINDS)
