@@ -88,7 +88,7 @@ class Cell:
         return parse(text, overrides, name="benchmarks.search")
 
 
-#: One episode costs about a minute on one core, most of it the recovery: a shorter one does not see what a full one will
+#: One episode costs about half a minute on one core, most of it the recovery: a shorter one does not see what a full one will
 #: say (trials 7 and 9 of the search log), so that few episodes with a long one tell more.
 FULL = """
 [data]
@@ -100,7 +100,7 @@ epochs = 8
 waypoints = 8
 step_minibatches = 4
 batch_size = 64
-recovery_minibatches = 1200
+recovery_minibatches = 600
 recovery_learning_rate = 0.05
 step_images = 250
 score_images = 128
