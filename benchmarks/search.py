@@ -24,16 +24,20 @@ from deploy.folder import read_json, write_atomic
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "search"
 WORK = ROOT / ".search"
+TAUGHT = RESULTS / "controller.safetensors"
 PEERS = ("torch-pruning", "uniform")
-LEARNERS = ("controller", "untrained")
-METHODS = (
-    "controller", "untrained", "cem", "balanced", "taylor", "gamma", "random", *PEERS,
-)  # fmt: skip
+#: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
+LEARNERS = {"controller": True, "fresh": False}
+AGENTS = {"frozen": True, "untrained": False, **LEARNERS}
+METHODS = (*AGENTS, "cem", "balanced", "taylor", "gamma", "random", *PEERS)
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
-  controller       `zeroout run`: actors on Ray, replay in Redis, the learner, every default
-  untrained        the same agent and exploration with the learner off
+  controller       `zeroout run --controller FILE`: actors on Ray, replay in Redis, the learner; it begins with what
+                   campaigns on other seeds have taught it (--teach)
+  fresh            the same, beginning with nothing
+  frozen, untrained
+                   these two agents with the learner off: the same exploration, the weights that they begin with
   cem              the cross-entropy method over one offset per layer on the log Taylor score
   taylor, balanced, gamma
                    a rule repeated with fresh minibatches; balanced is the Controller's prior alone
@@ -47,7 +51,12 @@ A method is a campaign in a folder of its own under .search/, so a run that is s
 written to benchmarks/results/search/CELL.jsonl with a fingerprint of its configuration, and is not made again while
 that stays the same, whatever happens to the code (the row names its commit). Delete the row to make it again.
 
+A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
+before has learned: their exploration is wider and their recovery longer than those of the comparison, and their seeds
+are not among its seeds. What comes out lies in benchmarks/results/search/controller.safetensors.
+
 examples:
+  python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
   python -m benchmarks.search --data .data --seeds 5 6 7 8 9            the first cell
   python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
   python -m benchmarks.search --quick                                   digits, a minute or two; writes to .search/
@@ -82,14 +91,16 @@ class Cell:
             *(["data.source='digits'"] if self.data == "digits" else [f"data.path={json.dumps(self.data)}"]),
             *self.extra,
         ]
-        if method not in ("controller", *PEERS):
-            overrides.append(f'search.method="{method}"')
+        if method not in (*LEARNERS, *PEERS):
+            overrides.append(f'search.method="{"untrained" if method in AGENTS else method}"')
+        if AGENTS.get(method):
+            overrides.append(f"controller.weights={json.dumps(str(TAUGHT))}")
         text = QUICK if self.data == "digits" else FULL
         return parse(text, overrides, name="benchmarks.search")
 
 
-#: One episode costs about half a minute on one core, most of it the recovery: a shorter one does not see what a full one will
-#: say (trials 7 and 9 of the search log), so that few episodes with a long one tell more.
+#: One episode costs about half a minute on one core, most of it the recovery: a shorter one does not see what a full
+#: one will say (trials 7 and 9 of the search log), so that few episodes with a long one tell more.
 FULL = """
 [data]
 source = "folder"
@@ -105,11 +116,12 @@ recovery_learning_rate = 0.05
 step_images = 250
 score_images = 128
 [recovery]
-epochs = 5
+epochs = 15
 learning_rate = 0.05
 [search]
 teacher_share = 0.0
 epsilon_base = 0.0
+sigma = 0.8
 [sequence]
 unroll_length = 8
 [replay]
@@ -121,6 +133,8 @@ discount = 1.0
 [cluster]
 dashboard = false
 """
+#: What sets the campaigns that teach apart: nothing they deliver is used.
+TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")
 QUICK = """
 [baseline]
 epochs = 5
@@ -163,11 +177,27 @@ class Bench:
             if not missing or time.time() > self.deadline_s:
                 continue
             weights = self.baseline(seed)
-            alone = [method for method in missing if method != "controller"]
+            alone = [method for method in missing if method not in LEARNERS]
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda method, s=seed, w=weights: self.make(s, method, w), alone))
-            if "controller" in missing:
-                self.make(seed, "controller", weights)
+            for method in LEARNERS:
+                if method in missing:
+                    self.make(seed, method, weights)
+
+    def teach(self, seeds: list[int]) -> None:
+        """Campaigns of the Controller, one after the other, each beginning with what the one before has learned."""
+        learned = ""
+        for seed in seeds:
+            weights, out = self.baseline(seed), self.work / f"{self.cell.name}-{seed}-teach"
+            sets = [*TEACHING, *([f"controller.weights={json.dumps(learned)}"] if learned else [])]
+            self.campaign(self.cell.config(seed, "fresh", weights), out, sets, f"teaching, seed {seed}")
+            if not (out / "result.json").is_file():
+                return
+            learned = str((out / "controller.safetensors").resolve())
+            returns = row_of(out, self.cell.config(seed, "fresh", weights), "fresh")["episodes"]
+            print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
+        TAUGHT.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(TAUGHT, Path(learned).read_bytes())
 
     def row(self, seed: int, method: str) -> dict[str, Any] | None:
         """The row of this very configuration."""
@@ -179,7 +209,9 @@ class Bench:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         parts = asdict(self.cell.config(seed, method, None))
         parts["data"]["path"] = ""
-        ignored = ["cluster"] + ([] if method in LEARNERS else ["controller", "sequence", "replay", "learner"])
+        if parts["controller"]["weights"]:
+            parts["controller"]["weights"] = hashlib.sha256(TAUGHT.read_bytes()).hexdigest()
+        ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])
         text = json.dumps({name: part for name, part in parts.items() if name not in ignored}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -315,6 +347,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
+    parser.add_argument("--teach", action="store_true", help="teach the Controller on these seeds instead")
     parser.add_argument("--quick", action="store_true", help="digits, 2 seeds, 12 episodes; writes to .search/ alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=WORK, help=argparse.SUPPRESS)
@@ -324,6 +357,9 @@ def main() -> None:
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
     for cell in cells(given):
         bench = Bench(cell, given.results, given.work, time.time() + 60.0 * given.minutes)
+        if given.teach:
+            bench.teach(given.seeds)
+            continue
         bench.load()
         bench.run(given.seeds, given.methods, given.jobs)
         rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]

@@ -15,7 +15,9 @@ OURS = "controller"
 #: Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
     "controller": "#D55E00",
-    "untrained": "#CC79A7",
+    "frozen": "#8B3A00",
+    "fresh": "#CC79A7",
+    "untrained": "#7A4966",
     "cem": "#009E73",
     "balanced": "#56B4E9",
     "taylor": "#0072B2",
