@@ -8,7 +8,7 @@ import json
 import logging
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,7 +64,7 @@ class Brief:
     replay: ReplayConfig
     schedule: ScheduleConfig
     seed: int
-    redis_url: str
+    redis_url: str = field(repr=False)  # it may hold a password
     prefix: str
     lease_s: float
 
