@@ -10,7 +10,11 @@ SECRET = "redis://me:secret@host:6379/0"
 @pytest.mark.parametrize(
     ("given", "left", "hidden"),
     [
-        (["-m", "deploy.cli", "run", "--redis", SECRET, "--out", "x"], ["-m", "deploy.cli", "run", "--out", "x"], SECRET),
+        (
+            ["-m", "deploy.cli", "run", "--redis", SECRET, "--out", "x"],
+            ["-m", "deploy.cli", "run", "--out", "x"],
+            SECRET,
+        ),
         (["zeroout", "resume", f"--redis={SECRET}", "x"], ["zeroout", "resume", "x"], SECRET),
         (["run", "--redis", "unix:///s?password=secret"], ["run"], "unix:///s?password=secret"),
         (["run", "--redis", "redis://host", "--out", "x"], ["run", "--out", "x", "--redis", "redis://host"], None),

@@ -42,7 +42,13 @@ def test_a_password_is_redacted_wherever_it_stands(url: str, safe: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["http://me:secret@host", "redis://me:secret/x@host:1", "redis://me:secret#x@host:1", "me:secret@host", "redis://[x"],
+    [
+        "http://me:secret@host",
+        "redis://me:secret/x@host:1",
+        "redis://me:secret#x@host:1",
+        "me:secret@host",
+        "redis://[x",
+    ],
 )
 def test_a_url_that_is_none_is_the_users_mistake(url: str) -> None:
     with pytest.raises(UserError, match="redis://, rediss:// or unix://") as caught:
