@@ -47,7 +47,7 @@ def certificates(folder: Path) -> None:
 
 @contextlib.contextmanager
 def serving(server: Path, folder: Path, *arguments: str, url: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The server with these arguments in `folder` (its log there is `log`), once it answers at `url`, ended at the end."""
+    """The server with these arguments in `folder`, once it answers at `url`; it logs to `log` there, and is ended."""
     with (folder / "log").open("wb") as log:
         process = subprocess.Popen([server, *arguments], cwd=folder, stdout=log, stderr=log)
     try:
