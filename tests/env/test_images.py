@@ -5,7 +5,9 @@ import math
 import os
 import shutil
 import socket
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -454,3 +456,16 @@ def test_the_memory_of_this_machine_is_known() -> None:
     require_memory(1000, 3, 32, 32)
     with pytest.raises(UserError, match="GiB of this machine's memory"):
         require_memory(10**9, 3, 4096, 4096)
+
+
+def test_an_image_that_claims_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "root" / name).mkdir(parents=True)
+        Image.new("L", (1, 1)).save(tmp_path / "root" / name / "1.png")
+    bomb = tmp_path / "root" / "b" / "1.png"
+    content = bytearray(bomb.read_bytes())
+    content[16:24] = struct.pack(">II", 50_000, 50_000)  # width and height of a PNG, and then the checksum of its head
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    bomb.write_bytes(content)
+    with pytest.raises(UserError, match=r"b/1\.png: .*DecompressionBombError"):
+        read_folder(tmp_path / "root", image_size=8, cache=tmp_path / "cache", progress=lambda done, total: None)

@@ -29,15 +29,30 @@ def own_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         ("redis://:secret@host", "redis://:***@host"),
         ("rediss://me:se@c:re/t@host:1/2?x=1", "rediss://me:***@host:1/2?x=1"),
         ("unix:///tmp/a.sock?db=1&password=secret&x=1", "unix:///tmp/a.sock?db=1&password=***&x=1"),
+        ("rediss://host?ssl_password=secret", "rediss://host?ssl_password=***"),
+        ("redis://secret@host:1", "redis://***@host:1"),
+        ("me:secret@host:1", "me:***@host:1"),
+        ("secret@host", "***@host"),
+        ("Error 111 connecting to host:6379.", "Error 111 connecting to host:6379."),
     ],
 )
 def test_a_password_is_redacted_wherever_it_stands(url: str, safe: str) -> None:
     assert redact(url) == safe
 
 
-def test_a_url_that_is_none_is_the_users_mistake() -> None:
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:secret@host",
+        "redis://me:secret/x@host:1",
+        "redis://me:secret#x@host:1",
+        "me:secret@host",
+        "redis://[x",
+    ],
+)
+def test_a_url_that_is_none_is_the_users_mistake(url: str) -> None:
     with pytest.raises(UserError, match="redis://, rediss:// or unix://") as caught:
-        connect("http://me:secret@host")
+        connect(url)
     assert "secret" not in str(caught.value)
 
 
