@@ -6,7 +6,7 @@ import time
 from actors.deciders import decider, next_candidate
 from actors.player import fresh_controller
 from actors.records import candidates, episode_record
-from actors.rollout import Rollout, rollout
+from actors.rollout import Rollout, StepReport, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
 from agents.policies import Policy
@@ -67,8 +67,8 @@ def _play(
         min_width=config.episode.min_width,
     )
 
-    def show(step: int, compression: float, accuracy: float) -> None:
-        done = f"episode {chosen.episode + 1} of {config.search.total}, step {step} of {len(ladder)}"
-        progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
+    def show(now: StepReport) -> None:
+        done = f"episode {chosen.episode + 1} of {config.search.total}, step {now.step} of {len(ladder)}"
+        progress.note(f"{done}: {now.compression:.2%} removed, validation accuracy {now.accuracy:.4f} of a sample")
 
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)

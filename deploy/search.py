@@ -84,7 +84,7 @@ def _play_on_ray(
         client = connect(redis_url)
         stack.callback(client.close)
         check_server(client, redis_url)
-        brief = _brief(config, dataset, baseline, redis_url, prefix=folder.make_redis_prefix())
+        brief = _brief(folder, config, dataset, baseline, redis_url)
         ledger = Ledger(client, brief.prefix)
         _open(ledger, folder, config)
         stack.enter_context(_ray(config, progress))
@@ -99,7 +99,10 @@ def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
     return len(folder.read_episodes()) == config.search.total and not list(missing(folder, config))
 
 
-def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str, *, prefix: str) -> Brief:
+def _brief(
+    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str
+) -> Brief:
+    prefix = folder.make_redis_prefix()
     return Brief(
         form=baseline.form,
         baseline=network_to_bytes(baseline.network, baseline.form),
@@ -114,6 +117,8 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         replay=config.replay_in_search,
         schedule=config.search,
         seed=config.seed,
+        # a folder's name says more than the id, but two people may both have a runs/demo on one cluster
+        campaign=f"{folder.path.resolve().name}-{prefix[-4:]}",
         redis_url=redis_url,
         prefix=prefix,
         lease_s=config.cluster.lease_s,
