@@ -17,8 +17,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
 from actors.deciders import decider, next_candidate
+from actors.metrics import (
+    NO_METRICS,
+    PLAYER_ACCURACY,
+    PLAYER_COMPRESSION,
+    PLAYER_EPISODES,
+    PLAYER_IMAGES,
+    PLAYER_SECONDS,
+    PLAYER_STEPS,
+    PLAYER_WEIGHTS_AGE,
+    Metrics,
+)
 from actors.records import candidates, episode_record
-from actors.rollout import Rollout, rollout
+from actors.rollout import Rollout, StepReport, rollout
 from actors.schedule import EpisodeOrder, ScheduleConfig, order
 from agents.controller import Controller, ControllerConfig
 from agents.ladder import Ladder
@@ -65,6 +76,7 @@ class Brief:
     replay: ReplayConfig
     schedule: ScheduleConfig
     seed: int
+    campaign: str  # what those who watch know it by
     redis_url: str = field(repr=False)  # it may hold a password
     prefix: str
     lease_s: float
@@ -127,11 +139,14 @@ class Player:
         brief: the campaign.
         dataset: its images, on the CPU.
         device: where the Recognizer lives.
+        metrics: told of each step.
 
     """
 
-    def __init__(self, name: str, brief: Brief, dataset: Dataset, *, device: str = "cpu") -> None:
-        self.name, self.brief = name, brief
+    def __init__(
+        self, name: str, brief: Brief, dataset: Dataset, *, device: str = "cpu", metrics: Metrics = NO_METRICS
+    ) -> None:
+        self.name, self.brief, self.metrics = name, brief, metrics
         recognizer = Recognizer(
             brief.network(),
             dataset,
@@ -170,10 +185,12 @@ class Player:
             self._policy(chosen, offsets),
             self.ladder,
             seed=chosen.retraining_seed,
-            on_step=lambda step, compression, accuracy: self._on_step(claimed, step, compression, accuracy),
+            on_step=lambda report: self._on_step(claimed, report),
         )
         if chosen.group == "search":
+            inserting_since = time.perf_counter()
             self.services.replay.insert(self._items(claimed, played))
+            self.metrics.add(PLAYER_SECONDS, time.perf_counter() - inserting_since, phase="insert")
         record = episode_record(
             chosen,
             played,
@@ -182,7 +199,8 @@ class Player:
             weights_version=self._version if chosen.policy == "controller" else 0,
             offsets=offsets,
         )
-        ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form)))
+        if ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form))):
+            self.metrics.add(PLAYER_EPISODES)
         return record
 
     def _learner_is_behind(self) -> bool:
@@ -217,10 +235,19 @@ class Player:
         policy = decider(chosen, self.plan, self.brief.measure.name, controller=network, offsets=offsets)
         return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, self._controller)
 
-    def _on_step(self, episode: int, step: int, compression: float, accuracy: float) -> None:
+    def _on_step(self, episode: int, now: StepReport) -> None:
         self.services.ledger.renew(episode, self.name, self.brief.lease_s)
-        state = {"episode": episode, "step": step, "compression": compression, "accuracy": accuracy}
+        state = {"episode": episode, "step": now.step, "compression": now.compression, "accuracy": now.accuracy}
         self.services.ledger.beat(self.name, json.dumps(state))
+        self.metrics.add(PLAYER_STEPS)
+        self.metrics.add(PLAYER_IMAGES, self.brief.episode.retrained_images(now.reached))
+        for phase, spent in now.seconds.items():
+            self.metrics.add(PLAYER_SECONDS, spent, phase=phase)
+        self.metrics.set(PLAYER_COMPRESSION, now.compression)
+        self.metrics.set(PLAYER_ACCURACY, now.accuracy)
+        newest = self.services.weights.version()
+        if newest is not None:
+            self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - self._version))
 
     def _items(self, episode: int, played: Rollout) -> Iterator[Item]:
         brief, packing = self.brief, self.brief.packing(self.plan)

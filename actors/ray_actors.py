@@ -11,7 +11,9 @@ from typing import Any
 import ray
 import torch
 
+from actors.metrics import PLAYER_SECONDS
 from actors.player import Brief, Player
+from actors.ray_metrics import RayMetrics
 from actors.trainer import Trainer
 from env.data import Dataset
 
@@ -32,16 +34,18 @@ class EpisodeActor:
 
     def run(self, brief: Brief, dataset: Dataset) -> int:
         """Play until nothing is left to claim or in flight; returns the episodes played."""
-        player = Player(self._name, brief, dataset, device=self._device)
-        ledger, played = player.services.ledger, 0
-        while not ledger.stop_requested() and ledger.remaining() > 0:
-            record = player.play()
-            if record is None:
-                time.sleep(_WAIT_S)
-                continue
-            played += 1
-            logging.getLogger("zeroout").info(_line(record))
-        return played
+        with RayMetrics(campaign=brief.campaign, actor=self._name) as metrics:
+            player = Player(self._name, brief, dataset, device=self._device, metrics=metrics)
+            ledger, played = player.services.ledger, 0
+            while not ledger.stop_requested() and ledger.remaining() > 0:
+                record = player.play()
+                if record is None:
+                    time.sleep(_WAIT_S)
+                    metrics.add(PLAYER_SECONDS, _WAIT_S, phase="wait")
+                    continue
+                played += 1
+                logging.getLogger("zeroout").info(_line(record))
+            return played
 
 
 class LearnerActor:
@@ -56,7 +60,8 @@ class LearnerActor:
 
     def run(self, brief: Brief) -> int:
         """Learn until the Controller's own episodes are played; returns the number of updates."""
-        return Trainer(brief, self._checkpoints).run()
+        with RayMetrics(campaign=brief.campaign) as metrics:
+            return Trainer(brief, self._checkpoints, metrics=metrics).run()
 
 
 def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:

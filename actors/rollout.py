@@ -12,7 +12,18 @@ from agents.policies import Climber, Policy
 from env.compression import CompressionEnv, TargetReached
 from learner.sequence import EpisodeTrace
 
-__all__ = ["Rollout", "rollout"]
+__all__ = ["Rollout", "StepReport", "rollout"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """A step as it ended; compression and accuracy are those of the network it left."""
+
+    step: int  # from 1
+    compression: float
+    accuracy: float  # on the step's validation images
+    reached: int  # targets, each with a recovery of its own
+    seconds: dict[str, float]  # wall time by phase
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +52,7 @@ def rollout(
     ladder: Ladder,
     *,
     seed: int | None = None,
-    on_step: Callable[[int, float, float], None] = lambda step, compression, accuracy: None,
+    on_step: Callable[[StepReport], None] = lambda report: None,
 ) -> Rollout:
     """Play one episode to its end.
 
@@ -50,7 +61,7 @@ def rollout(
         policy: ranks the filters; plays this episode only.
         ladder: cuts the ranking at each waypoint.
         seed: of the retraining (minibatches, augmentation); the environment's own where it is None.
-        on_step: called after each step with its number from 1, the compression and the accuracy.
+        on_step: called after each step.
 
     """
     reached: list[TargetReached] = []
@@ -60,9 +71,18 @@ def rollout(
     def after_step(observation: Mapping[str, np.ndarray], info: Mapping[str, Any], deciding_s: float) -> None:
         infos.append(info)
         reached.extend(info["reached"])
-        for phase, spent in {"decide": deciding_s, **env.phase_seconds}.items():
+        phases = {"decide": deciding_s, **env.phase_seconds}
+        for phase, spent in phases.items():
             seconds[phase] = seconds.get(phase, 0.0) + spent
-        on_step(len(infos), float(observation["compression"][0]), float(observation["accuracy"][0]))
+        on_step(
+            StepReport(
+                step=len(infos),
+                compression=float(observation["compression"][0]),
+                accuracy=float(observation["accuracy"][0]),
+                reached=len(info["reached"]),
+                seconds=phases,
+            )
+        )
 
     trace = play(env, Climber(policy, ladder), seed=seed, after_step=after_step)
     compression, accuracy = (trace.observations[name].reshape(-1).tolist() for name in ("compression", "accuracy"))

@@ -11,12 +11,33 @@ from pathlib import Path
 import torch
 from safetensors.torch import save as save_tensors
 
+from actors.metrics import (
+    LEARNER_DELTA_Q,
+    LEARNER_GRADIENT_NORM,
+    LEARNER_LOSS,
+    LEARNER_PRIORITY,
+    LEARNER_SKIPPED,
+    LEARNER_UPDATES,
+    LEARNER_WAIT,
+    NO_METRICS,
+    REPLAY_BYTES,
+    REPLAY_EVICTED,
+    REPLAY_INSERTED,
+    REPLAY_REFUSED,
+    REPLAY_REJECTED,
+    REPLAY_SAMPLED,
+    REPLAY_SIZE,
+    REPLAY_WAITING,
+    Metrics,
+    Tally,
+)
 from actors.player import Brief, Services
 from env.channels import ChannelPlan
 from env.errors import NonFiniteError
 from learner import checkpoint
 from learner.learner import Learner, UpdateReport
 from learner.replay.pipeline import PipelinedReplay
+from learner.replay.replay import ReplayStats
 
 __all__ = ["Trainer"]
 
@@ -32,11 +53,12 @@ class Trainer:
     Args:
         brief: the campaign.
         checkpoints: the folder that checkpoints are kept in.
+        metrics: told of each update and, with each heartbeat, of the replay.
 
     """
 
-    def __init__(self, brief: Brief, checkpoints: Path) -> None:
-        self.brief, self.checkpoints = brief, checkpoints
+    def __init__(self, brief: Brief, checkpoints: Path, *, metrics: Metrics = NO_METRICS) -> None:
+        self.brief, self.checkpoints, self.metrics = brief, checkpoints, metrics
         plan = ChannelPlan(brief.network(), torch.zeros(1, *brief.image_shape))
         self.services = Services(brief, "learner")
         self.replay = PipelinedReplay(self.services.replay, brief.learner.batch_size)
@@ -53,6 +75,16 @@ class Trainer:
             self.learner.load_state_dict(saved)
         self._last: UpdateReport | None = None
         self._delta_q: tuple[float, float] | None = None
+        self._tallies = {
+            "inserted": Tally(metrics, REPLAY_INSERTED),
+            "sampled": Tally(metrics, REPLAY_SAMPLED),
+            "evicted": Tally(metrics, REPLAY_EVICTED),
+            "rejected": Tally(metrics, REPLAY_REJECTED),
+            "learner_waits": Tally(metrics, REPLAY_REFUSED),
+        }
+        self._skipped = Tally(metrics, LEARNER_SKIPPED)
+        self._skipped.look(self.learner.skipped)
+        self._tell_replay(self.replay.stats())
         self._publish()
 
     def run(self) -> int:
@@ -80,11 +112,13 @@ class Trainer:
             report = self.learner.update()
             if report is None:
                 time.sleep(_IDLE_S)
+                self.metrics.add(LEARNER_WAIT, _IDLE_S)
             else:
                 self._after(report)
 
     def _after(self, report: UpdateReport) -> None:
         self._last, self._delta_q = report, report.delta_q or self._delta_q
+        self.metrics.add(LEARNER_UPDATES)
         if report.updates % self.brief.learner.publish_period == 0:
             self._publish()
         if report.updates % self.brief.learner.checkpoint_period == 0:
@@ -100,16 +134,36 @@ class Trainer:
         checkpoint.save(self.checkpoints, self.learner.state_dict(), self.learner.updates)
 
     def _beat(self) -> None:
+        stats = self.replay.stats()
+        self._tell_replay(stats)
+        self._tell_learner()
         state: dict[str, float] = {
             "updates": self.learner.updates,
             "skipped": self.learner.skipped,
-            "replay": self.replay.stats().size,
+            "replay": stats.size,
         }
         if self._last is not None:
             state |= {"loss": self._last.loss, "mean_priority": self._last.mean_priority}
         if self._delta_q is not None:
             state |= {"delta_q_first": self._delta_q[0], "delta_q_last": self._delta_q[1]}
         self.services.ledger.beat("learner", json.dumps(state))
+
+    def _tell_learner(self) -> None:
+        self._skipped.look(self.learner.skipped)
+        if self._last is not None:
+            self.metrics.set(LEARNER_LOSS, self._last.loss)
+            self.metrics.set(LEARNER_GRADIENT_NORM, self._last.gradient_norm)
+            self.metrics.set(LEARNER_PRIORITY, self._last.mean_priority)
+        for place, value in zip(("first", "last"), self._delta_q or (), strict=False):
+            self.metrics.set(LEARNER_DELTA_Q, value, place=place)
+
+    def _tell_replay(self, stats: ReplayStats) -> None:
+        for name, tally in self._tallies.items():
+            tally.look(getattr(stats, name))
+        self.metrics.set(REPLAY_SIZE, stats.size)
+        self.metrics.set(REPLAY_BYTES, stats.bytes)
+        self.metrics.set(REPLAY_WAITING, float(stats.learner_waiting), who="learner")
+        self.metrics.set(REPLAY_WAITING, float(stats.actors_waiting), who="actors")
 
 
 def _line(report: UpdateReport, delta_q: tuple[float, float] | None) -> str:

@@ -6,13 +6,14 @@ import time
 from actors.deciders import decider, next_candidate
 from actors.player import fresh_controller
 from actors.records import candidates, episode_record
-from actors.rollout import Rollout, rollout
+from actors.rollout import Rollout, StepReport, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
 from agents.policies import Policy
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
 from deploy.controller_file import read_controller
+from deploy.event_files import EventFiles
 from deploy.folder import CampaignFolder
 from deploy.prepare import Baseline, default_device
 from deploy.progress import Progress
@@ -39,9 +40,10 @@ def play_alone(
     env = CompressionEnv(recognizer, config.episode, features=True, seed=config.seed)
     start, measure = read_controller(config.controller), baseline.measure.name
     controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
-    recorded = {record["id"] for record in folder.read_episodes()}
-    for episode in range(config.search.total):
-        if episode not in recorded:
+    records = folder.read_episodes()
+    recorded = {record["id"] for record in records}
+    with EventFiles(folder.tensorboard, records) as events:
+        for episode in sorted(set(range(config.search.total)) - recorded):
             chosen = order(config.search, episode, seed=config.seed)
             started_s = time.perf_counter()
             offsets = next_candidate(
@@ -52,7 +54,9 @@ def play_alone(
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))
             seconds = time.perf_counter() - started_s
-            folder.append_episode([episode_record(chosen, played, actor="driver", seconds=seconds, offsets=offsets)])
+            record = episode_record(chosen, played, actor="driver", seconds=seconds, offsets=offsets)
+            folder.append_episode([record])
+            events.episodes([record])
     require_candidates(folder, config)
 
 
@@ -67,8 +71,8 @@ def _play(
         min_width=config.episode.min_width,
     )
 
-    def show(step: int, compression: float, accuracy: float) -> None:
-        done = f"episode {chosen.episode + 1} of {config.search.total}, step {step} of {len(ladder)}"
-        progress.note(f"{done}: {compression:.2%} removed, validation accuracy {accuracy:.4f} of a sample")
+    def show(now: StepReport) -> None:
+        done = f"episode {chosen.episode + 1} of {config.search.total}, step {now.step} of {len(ladder)}"
+        progress.note(f"{done}: {now.compression:.2%} removed, validation accuracy {now.accuracy:.4f} of a sample")
 
     return rollout(env, policy, ladder, seed=chosen.retraining_seed, on_step=show)

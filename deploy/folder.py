@@ -210,6 +210,11 @@ class CampaignFolder:
         return self.path / "export"
 
     @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
     def redis(self) -> Path:
         """The folder of the embedded server's data."""
         return self.path / "redis"

@@ -19,21 +19,24 @@ import ray.exceptions
 
 from actors.player import Brief
 from actors.ray_actors import start_learner, start_player
+from actors.ray_metrics import RayMetrics
 from actors.records import slot
 from deploy.alone import play_alone
 from deploy.candidates import keep_better, missing, require_candidates, write_frontier
 from deploy.config import CampaignConfig
 from deploy.controller_file import read_controller
+from deploy.event_files import EventFiles
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
 from deploy.prepare import Baseline
 from deploy.progress import ActorLine, Progress, SearchSnapshot
 from deploy.redis_server import EmbeddedServer
+from deploy.telemetry import Telemetry
 from env.compact_file import network_to_bytes
 from env.data import Dataset
 from env.errors import UserError, ZerooutError
 from learner.replay.codec import PayloadError
-from learner.replay.connection import check_server, connect, redact, retrying
+from learner.replay.connection import check_server, connect, memory_bytes, redact, retrying
 from learner.replay.ledger import Ledger
 from learner.replay.weights import WeightStore
 
@@ -84,11 +87,14 @@ def _play_on_ray(
         client = connect(redis_url)
         stack.callback(client.close)
         check_server(client, redis_url)
-        brief = _brief(config, dataset, baseline, redis_url, prefix=folder.make_redis_prefix())
+        brief = _brief(folder, config, dataset, baseline, redis_url)
         ledger = Ledger(client, brief.prefix)
         _open(ledger, folder, config)
         stack.enter_context(_ray(config, progress))
-        _Watch(folder, config, brief, dataset, ledger, progress).run()
+        metrics = stack.enter_context(RayMetrics(campaign=brief.campaign))
+        events = stack.enter_context(EventFiles(folder.tensorboard, folder.read_episodes()))
+        telemetry = Telemetry(metrics, events, lambda: memory_bytes(client))
+        _Watch(folder, config, brief, dataset, ledger, progress, telemetry).run()
         _keep_candidates(ledger, folder, config)
         _keep_controller(WeightStore(client, brief.prefix), folder)
     require_candidates(folder, config)
@@ -99,7 +105,10 @@ def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
     return len(folder.read_episodes()) == config.search.total and not list(missing(folder, config))
 
 
-def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str, *, prefix: str) -> Brief:
+def _brief(
+    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_url: str
+) -> Brief:
+    prefix = folder.make_redis_prefix()
     return Brief(
         form=baseline.form,
         baseline=network_to_bytes(baseline.network, baseline.form),
@@ -114,6 +123,8 @@ def _brief(config: CampaignConfig, dataset: Dataset, baseline: Baseline, redis_u
         replay=config.replay_in_search,
         schedule=config.search,
         seed=config.seed,
+        # a folder's name says more than the id, but two people may both have a runs/demo on one cluster
+        campaign=f"{folder.path.resolve().name}-{prefix[-4:]}",
         redis_url=redis_url,
         prefix=prefix,
         lease_s=config.cluster.lease_s,
@@ -175,6 +186,7 @@ class _Watch:
     dataset: Dataset
     ledger: Ledger
     progress: Progress
+    telemetry: Telemetry
     records: list[dict[str, Any]] = field(default_factory=list)
     read: int = 0
     started: float = field(default_factory=time.monotonic)
@@ -193,7 +205,10 @@ class _Watch:
                 if none_left and len(self.records) < self.config.search.total:
                     raise _lost_state(self.brief.redis_url, len(self.records), self.config.search.total)
                 self._revive()
-                self.progress.search(self._snapshot())
+                beats = {name: json.loads(text) for name, text in self._beats().items()}
+                snapshot = self._snapshot(beats)
+                self.progress.search(snapshot)
+                self.telemetry.look(snapshot, beats.get("learner", {}))
         finally:
             self._stop()
 
@@ -235,6 +250,7 @@ class _Watch:
             self.folder.append_episode(fresh)
             self.records += fresh
             write_frontier(self.folder, self.config)
+            self.telemetry.episodes(fresh)
 
     def _revive(self) -> None:
         """Call a worker that died back to work, once Ray has restarted its process."""
@@ -272,11 +288,10 @@ class _Watch:
             if self.workers["learner"].call is not None:
                 ray.wait([self.workers["learner"].call], timeout=_STOP_S)
 
-    def _snapshot(self) -> SearchSnapshot:
+    def _snapshot(self, beats: dict[str, dict[str, Any]]) -> SearchSnapshot:
         elapsed = time.monotonic() - self.started
         played, total = len(self.records) - self.before, self.config.search.total
         left = (total - len(self.records)) * elapsed / played if played else None
-        beats = {name: json.loads(text) for name, text in self._beats().items()}
         learner = beats.get("learner", {})
         return SearchSnapshot(
             done=len(self.records),

@@ -132,6 +132,10 @@ class EpisodeConfig:
             decay=True,
         )
 
+    def retrained_images(self, reached: int) -> int:
+        """Images, each as often as it is seen, that a step retrains on which reaches so many targets."""
+        return self.batch_size * (self.step_minibatches + reached * self.recovery_minibatches)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TargetReached:

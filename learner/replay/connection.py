@@ -222,6 +222,18 @@ def check_server(client: redis.Redis, url: str) -> None:
         )
 
 
+def memory_bytes(client: redis.Redis) -> tuple[int, int] | None:
+    """Return (in use, allowed) of the server's memory, 0 allowed for no limit; None where it does not say.
+
+    A server that is away is no error here: it is asked for those who watch.
+    """
+    try:
+        found = client.info("memory")
+        return int(found["used_memory"]), int(found["maxmemory"])
+    except (RedisError, KeyError, ValueError):
+        return None
+
+
 def namespace(prefix: str) -> str:
     """Return `{prefix}`: all keys of a campaign carry this hash tag, so that one script may touch them all."""
     if not prefix or set(prefix) & set("{} \n\r\t"):

@@ -51,6 +51,14 @@ class WeightStore:
             return self._published(version, sealed)
         return False
 
+    def version(self) -> int | None:
+        """Return the newest version without its weights; None before the first, and where it cannot be read."""
+        try:
+            found: Any = self._client.get(self._keys[0])
+            return None if found is None else int(found)
+        except (ResponseError, ValueError):
+            return None  # `pull` says what is wrong, and the next publication mends it
+
     def _published(self, version: int, sealed: bytes) -> bool:
         newest: Any = self._publish(keys=self._keys, args=[version, sealed])
         return bool(newest == str(version).encode())

@@ -51,6 +51,7 @@ def brief(redis_url: str, prefix: str) -> Brief:
         replay=ReplayConfig(min_sequences=1),
         schedule=ScheduleConfig(episodes=3, actors=2, teacher_share=0.34, controls=("cem",)),
         seed=3,
+        campaign="tiny-0000",
         redis_url=redis_url,
         prefix=prefix,
         lease_s=60.0,

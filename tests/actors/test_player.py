@@ -9,9 +9,19 @@ import pytest
 import redis
 import torch
 from safetensors.torch import save as save_tensors
+from told import Told
 from torch import nn
 
 import actors.player
+from actors.metrics import (
+    PLAYER_ACCURACY,
+    PLAYER_COMPRESSION,
+    PLAYER_EPISODES,
+    PLAYER_IMAGES,
+    PLAYER_SECONDS,
+    PLAYER_STEPS,
+    PLAYER_WEIGHTS_AGE,
+)
 from actors.player import Brief, Player
 from actors.rollout import Rollout, rollout
 from actors.schedule import order
@@ -270,3 +280,31 @@ def test_a_step_renews_the_lease_and_beats(
     beat = json.loads(ledger.beats()["actor-0"])
     assert (beat["episode"], beat["step"]) == (0, 3)
     assert [beat["compression"], beat["accuracy"]] == pytest.approx(record["curve"][-1], abs=1e-6)
+
+
+def test_metrics_tell_of_every_step_and_of_the_episode(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis
+) -> None:
+    told = Told()
+    player = Player("actor-0", brief, dataset, metrics=told)
+    WeightStore(client, brief.prefix).publish(7, b"newer than those that it plays with")
+    player._version = 4
+    player.services.weights.pull = lambda newer_than: None  # type: ignore[method-assign]
+    record = played(player)
+    assert (told[PLAYER_STEPS], told[PLAYER_EPISODES]) == (3, 1)
+    assert told[PLAYER_IMAGES] == 16 * (3 + 2)  # one minibatch a step, and one to recover at each of two targets
+    assert [told[PLAYER_COMPRESSION], told[PLAYER_ACCURACY]] == pytest.approx(record["curve"][-1], abs=1e-6)
+    assert told[PLAYER_WEIGHTS_AGE] == 3
+    seconds = told.by(PLAYER_SECONDS)
+    assert seconds.pop("insert") > 0
+    assert seconds == pytest.approx(record["phases"], abs=1e-3)
+
+
+def test_an_episode_that_another_has_recorded_meanwhile_is_not_counted_again(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    player = Player("actor-0", brief, dataset, metrics=told)
+    monkeypatch.setattr(player.services.ledger, "complete", lambda *_: False)
+    played(player)
+    assert (told[PLAYER_STEPS], told[PLAYER_EPISODES]) == (3, 0)

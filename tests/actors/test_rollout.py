@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from actors.rollout import Rollout, rollout
+from actors.rollout import Rollout, StepReport, rollout
 from agents.controller import Controller, ControllerConfig
 from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, Policy, Shadowed, heuristic, observe
@@ -174,10 +174,14 @@ def test_an_environment_without_features_leaves_none_in_the_trace() -> None:
     assert set(result.trace.observations) == {"accuracy", "compression", "keep_mask"}
 
 
-def test_on_step_is_called_after_each_step_with_its_number_compression_and_accuracy() -> None:
-    calls: list[tuple[int, float, float]] = []
-    result = played(on_step=lambda step, compression, accuracy: calls.append((step, compression, accuracy)))
-    assert calls == [(number, *point) for number, point in enumerate(result.curve)][1:]
+def test_on_step_is_called_after_each_step_with_what_came_of_it() -> None:
+    calls: list[StepReport] = []
+    result = played(on_step=calls.append)
+    told = [(call.step, call.compression, call.accuracy) for call in calls]
+    assert told == [(number, *point) for number, point in enumerate(result.curve)][1:]
+    assert sum(call.reached for call in calls) == len(result.reached) == 2
+    for phase, spent in result.seconds.items():
+        assert spent == pytest.approx(sum(call.seconds.get(phase, 0.0) for call in calls))
 
 
 def test_the_recurrent_state_is_stored_as_it_is_before_each_step() -> None:

@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 import redis
 import torch
+from told import Told
 
+from actors.metrics import (
+    LEARNER_DELTA_Q,
+    LEARNER_LOSS,
+    LEARNER_PRIORITY,
+    LEARNER_UPDATES,
+    LEARNER_WAIT,
+    REPLAY_BYTES,
+    REPLAY_INSERTED,
+    REPLAY_REFUSED,
+    REPLAY_SAMPLED,
+    REPLAY_SIZE,
+    REPLAY_WAITING,
+)
 from actors.player import Brief, Player
 from actors.trainer import Trainer
 from env.data import Dataset
@@ -112,3 +126,22 @@ def test_first_priorities_are_td_errors_and_not_all_alike(
     assert all(0 < weight < 1e3 for weight in weights)
     payloads = client.hgetall(replay.race.data).values()
     assert all("later_states" in decode(payload) for payload in payloads)
+
+
+def test_metrics_tell_of_updates_and_of_the_replay(
+    learning: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, tmp_path: Path
+) -> None:
+    told = Told()
+    trainer = Trainer(learning, tmp_path, metrics=told)
+    trainer._learn_until(time.monotonic() + 0.15)  # the replay is empty: it waits
+    Player("actor-0", learning, dataset).play()  # two sequences: at four each and two a batch, four updates
+    assert run_until(trainer, ledger, 4) == 4
+    beat, stats = json.loads(ledger.beats()["learner"]), replay.stats()
+    assert told[LEARNER_UPDATES] == 4
+    assert (told[REPLAY_INSERTED], told[REPLAY_SAMPLED]) == (2, 8)
+    assert (told[REPLAY_SIZE], told[REPLAY_BYTES]) == (2, stats.bytes)
+    assert told.by(REPLAY_WAITING) == {"learner": 1, "actors": 0}
+    assert told[REPLAY_REFUSED] > 0
+    assert told[LEARNER_WAIT] > 0
+    assert (told[LEARNER_LOSS], told[LEARNER_PRIORITY]) == (beat["loss"], beat["mean_priority"])
+    assert told.by(LEARNER_DELTA_Q) == {"first": beat["delta_q_first"], "last": beat["delta_q_last"]}

@@ -71,3 +71,15 @@ def test_what_cannot_be_read_is_refused_and_replaced_by_the_next_publication(
         store.pull(3)
     assert store.publish(5, b"five")
     assert store.pull(3) == (5, b"five")
+
+
+def test_the_version_is_told_without_the_weights(store: WeightStore, client: redis.Redis, prefix: str) -> None:
+    assert store.version() is None
+    store.publish(4, b"four")
+    assert store.version() == 4
+    key = f"{{{prefix}}}:weights:version"
+    client.set(key, b"none")
+    assert store.version() is None
+    client.delete(key)
+    client.lpush(key, b"a list")
+    assert store.version() is None
