@@ -162,6 +162,10 @@ class R2D2Config(AlgorithmConfig):
             self._check_names()
             self.campaign()
 
+    def get_state(self) -> dict[str, Any]:
+        """Return all settings; RLlib's own method leaves out those of -1, its sign for deprecated ones."""
+        return super().get_state() | {name: getattr(self, name) for name in ("seed", *_RLLIB_NAMES.values())}
+
     def campaign(self) -> CampaignConfig:
         """The campaign that these settings mean; UserError where they mean none."""
         tree: dict[str, Any] = {"seed": 0 if self.seed is None else self.seed}
@@ -201,7 +205,7 @@ class R2D2Config(AlgorithmConfig):
         defaults = type(self)()
         AlgorithmConfig.validate(defaults)  # which changes some settings
         for name, value in settings.items():
-            if name in _HONOURED:
+            if name in _HONOURED or name.startswith("__"):  # Tune's own
                 continue
             if not hasattr(defaults, name):
                 raise _unknown(f"setting {name}", name, _SECTIONS)
@@ -242,6 +246,9 @@ class R2D2(Algorithm):
     def get_default_config(cls) -> R2D2Config:
         """Return the settings to start from."""
         return R2D2Config()
+
+    def __repr__(self) -> str:
+        return "R2D2"  # RLlib's own needs settings, which there are none of when they are what is wrong
 
     def setup(self, config: Any) -> None:
         """Check images and network; UserError for what is wrong with them."""
