@@ -84,7 +84,6 @@ _HONOURED = {
     "callbacks_on_checkpoint_loaded",
     "num_cpus_for_main_process",
     "custom_resources_for_main_process",
-    "custom_resources_per_env_runner",
     "placement_strategy",
     "log_level",
     "logger_creator",
@@ -274,9 +273,8 @@ class R2D2(Algorithm):
     def step(self) -> dict[str, Any]:
         """Wait for the next finished episodes, at least one; what `train()` adds RLlib's usual keys to.
 
-        Raises UserError when there are none to play, Redis has lost them, or what Ray runs on is too small.
+        Raises UserError when there are none to play, Redis has lost them, or another algorithm plays them.
         """
-        watch = self._watch or self._start()
         if self._reported >= self._campaign.search.total:
             raise UserError(
                 "train()",
@@ -284,6 +282,7 @@ class R2D2(Algorithm):
                 got="a call after the last one (its result said done)",
                 remedy="raise search.episodes",
             )
+        watch = self._watch or self._start()
         while len(watch.records) <= self._reported:
             time.sleep(POLL_S)
             watch.look()

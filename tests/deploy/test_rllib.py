@@ -61,7 +61,7 @@ def tiny(*, seed: Any = 3, targets: Any = (0.5,)) -> R2D2Config:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[None]:
-    """A local Ray with room for two trials, each a driver and two actors."""
+    """A local Ray with room for two trials, each a driver and an actor."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("ZEROOUT_REDIS_URL", "")
@@ -69,7 +69,7 @@ def local_ray() -> Iterator[None]:
         patch.setenv("PYTHONPATH", str(ROOT))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        ray.init(num_cpus=8, include_dashboard=False, log_to_driver=False)
+        ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
         torch.set_num_threads(threads)
@@ -207,7 +207,7 @@ def test_tune_runs_trials_to_their_end_with_the_keys_in_results_and_logs(
 ) -> None:
     tuner = tune.Tuner(
         R2D2,
-        param_space=tiny(**settings),
+        param_space=tiny(**settings).env_runners(num_env_runners=1),
         tune_config=tune.TuneConfig(scheduler=scheduler),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path),
@@ -240,6 +240,22 @@ def test_the_last_episode_ends_the_training_and_another_train_says_so(
     assert (algo.campaign_folder / "candidates" / "search-0.5.safetensors").is_file()
     with pytest.raises(UserError, match=r"train\(\): expected at most the 2 episodes"):
         algo.train()
+
+
+def test_on_a_given_server_a_checkpoint_is_gone_on_with_once_the_first_algorithm_is_stopped(
+    build: Callable[[Callable[[], R2D2]], R2D2], redis_url: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("ZEROOUT_REDIS_URL", redis_url)
+    algo = build(tiny().build_algo)
+    played = algo.train()["env_runners"]["num_episodes_lifetime"]
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    again = build(lambda: R2D2.from_checkpoint(path))
+    reference = again.get_state()["campaign"]["replay"]
+    assert (reference["server"], reference["data"]) == (redis_url, "")
+    with pytest.raises(UserError, match="expected no other algorithm that uses it, got one that is running"):
+        again.train()
+    algo.stop()
+    assert again.train()["env_runners"]["num_episodes_lifetime"] > played
 
 
 def test_the_example_in_the_readme_runs(
