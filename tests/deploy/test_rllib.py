@@ -60,9 +60,11 @@ def tiny(*, seed: Any = 3, targets: Any = (0.5,)) -> R2D2Config:
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[None]:
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A local Ray with room for two trials, each a driver and an actor."""
     with pytest.MonkeyPatch.context() as patch:
+        results = tmp_path_factory.mktemp("results")  # where RLlib makes a folder for each algorithm
+        patch.setattr("ray.tune.trainable.trainable.DEFAULT_STORAGE_PATH", str(results))
         patch.setenv("RAY_AUTH_MODE", "disabled")
         patch.setenv("ZEROOUT_REDIS_URL", "")
         patch.setenv("OMP_NUM_THREADS", "1")
@@ -90,20 +92,19 @@ class Played:
 
 
 @pytest.fixture(scope="module")
-def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Played]:
+def played(local_ray: None, tmp_path_factory: pytest.TempPathFactory) -> Played:
     algo = tiny().build_algo()
     results = [algo.train(), algo.train()]
     path = Path(algo.save_to_path(str(tmp_path_factory.mktemp("saved") / "checkpoint")))
     records = [json.loads(text) for text in algo._watch.ledger.records()]
     algo.stop()
     algo.stop()
-    yield Played(results, records, algo.campaign_folder, path)
-    shutil.rmtree(algo.logdir)
+    return Played(results, records, algo.campaign_folder, path)
 
 
 @pytest.fixture
 def build(local_ray: None) -> Iterator[Callable[[Callable[[], R2D2]], R2D2]]:
-    """Makes algorithms that are stopped, and whose folders are removed, after the test."""
+    """Makes algorithms that are stopped after the test."""
     made: list[R2D2] = []
 
     def building(make: Callable[[], R2D2]) -> R2D2:
@@ -113,7 +114,6 @@ def build(local_ray: None) -> Iterator[Callable[[Callable[[], R2D2]], R2D2]]:
     yield building
     for algo in made:
         algo.stop()
-        shutil.rmtree(algo.logdir)
 
 
 def test_each_train_plays_at_least_one_episode_and_its_result_has_rllibs_keys(played: Played) -> None:
@@ -264,11 +264,8 @@ def test_the_example_in_the_readme_runs(
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (example,) = [block for block in blocks if "R2D2Config" in block]
     monkeypatch.chdir(tmp_path)
-    names: dict[str, Any] = {}
-    exec(compile(example, "README.md", "exec"), names)
+    exec(compile(example, "README.md", "exec"), {})
     assert len(capsys.readouterr().out.splitlines()) == 3
-    for name in ("algo", "again"):
-        shutil.rmtree(names[name].logdir)
     assert ray.util.list_named_actors(all_namespaces=True) == []
 
 
