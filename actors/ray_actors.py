@@ -54,6 +54,7 @@ class LearnerActor:
     def __init__(self, checkpoints: str, threads: int) -> None:
         _prepare_process(threads)
         self._checkpoints = Path(checkpoints)
+        self._trainer: Trainer | None = None
 
     def __repr__(self) -> str:
         return "Learner"
@@ -61,7 +62,13 @@ class LearnerActor:
     def run(self, brief: Brief) -> int:
         """Learn until the Controller's own episodes are played; returns the number of updates."""
         with RayMetrics(campaign=brief.campaign) as metrics:
-            return Trainer(brief, self._checkpoints, metrics=metrics).run()
+            self._trainer = Trainer(brief, self._checkpoints, metrics=metrics)
+            return self._trainer.run()
+
+    def save(self) -> None:
+        """Write a checkpoint of what is learned so far, beside a `run` that goes on; returns when it is there."""
+        if self._trainer is not None:
+            self._trainer.save()
 
 
 def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:
@@ -75,7 +82,12 @@ def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace
 def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
     """Start the learner's process; it asks for no core of its own, so that a laptop has room for the players."""
     shell = ray.remote(LearnerActor).options(
-        name="learner", namespace=namespace, num_cpus=0, max_restarts=-1, max_task_retries=0
+        name="learner",
+        namespace=namespace,
+        num_cpus=0,
+        max_restarts=-1,
+        max_task_retries=0,
+        max_concurrency=2,  # `save` beside `run`
     )
     return shell.remote(str(checkpoints), threads)
 

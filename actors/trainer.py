@@ -5,6 +5,7 @@ Ray stands in actors/ray_actors.py.
 
 import json
 import logging
+import threading
 import time
 from pathlib import Path
 
@@ -85,21 +86,43 @@ class Trainer:
         self._skipped = Tally(metrics, LEARNER_SKIPPED)
         self._skipped.look(self.learner.skipped)
         self._tell_replay(self.replay.stats())
+        self._running, self._asked, self._saved = (threading.Event() for _ in range(3))
         self._publish()
 
     def run(self) -> int:
         """Learn until the Controller's own episodes are played; returns the number of updates."""
-        with self.replay:
-            try:
-                while not self._over():
-                    self._learn_until(time.monotonic() + _BEAT_PERIOD_S)
-                    self._beat()
-                self._publish()
-            except NonFiniteError:
-                self._save()  # the weights are the last good ones
-                raise
-            self._save()
+        self._running.set()
+        try:
+            with self.replay:
+                self._learn()
+        finally:
+            self._running.clear()
         return self.learner.updates
+
+    def save(self) -> None:
+        """Have `run`, which runs in another thread, write a checkpoint; returns when it is there.
+
+        Where `run` does not run, the newest checkpoint holds everything already.
+        """
+        self._saved.clear()
+        self._asked.set()
+        while self._running.is_set() and not self._saved.wait(_IDLE_S):
+            pass
+
+    def _learn(self) -> None:
+        try:
+            while not self._over():
+                self._learn_until(time.monotonic() + _BEAT_PERIOD_S)
+                self._beat()
+                if self._asked.is_set():
+                    self._asked.clear()
+                    self._save()
+                    self._saved.set()
+            self._publish()
+        except NonFiniteError:
+            self._save()  # the weights are the last good ones
+            raise
+        self._save()
 
     def _over(self) -> bool:
         """Whether a stop is asked for, or only controls are left to play."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tomli_w
 
 from actors.schedule import ScheduleConfig
@@ -24,7 +25,7 @@ from learner.learner import LearnerConfig
 from learner.replay.replay import ReplayConfig
 from learner.sequence import SequenceConfig
 
-__all__ = ["CampaignConfig", "ClusterConfig", "dump", "load", "parse"]
+__all__ = ["CampaignConfig", "ClusterConfig", "dump", "from_tree", "load", "parse"]
 
 #: So many episodes, a quarter of all at most, are played before learning starts, where the configuration says nothing.
 _FIRST_EPISODES = 6
@@ -119,7 +120,12 @@ def parse(text: str, overrides: Sequence[str] = (), *, name: str = "config") -> 
         raise UserError(name, expected="TOML", got=str(error), remedy="mend that line") from error
     for override in overrides:
         _override(tree, override)
-    config = _build(CampaignConfig, tree, "")
+    return from_tree(tree)
+
+
+def from_tree(tree: Mapping[str, Any]) -> CampaignConfig:
+    """The configuration in a table of sections, as TOML gives it; see `load`."""
+    config = _build(CampaignConfig, _plain(tree), "")
     assert isinstance(config, CampaignConfig)
     return config
 
@@ -130,10 +136,12 @@ def dump(config: CampaignConfig) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
+    """Tuples as lists and NumPy's numbers as Python's, all the way down."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+    if isinstance(value, np.generic):
+        return value.item()
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

@@ -235,6 +235,10 @@ class CampaignFolder:
             write_atomic(self.path / "id", uuid.uuid4().hex[:16])
         return str(self.redis_prefix())
 
+    def adopt_redis_prefix(self, prefix: str) -> None:
+        """Go on with another campaign's keys in Redis: `prefix` is its `redis_prefix()`."""
+        write_atomic(self.path / "id", prefix.removeprefix("zeroout:"))
+
     def append_episode(self, records: list[dict[str, Any]]) -> None:
         """Add finished episodes durably (each needs an int `id`); a torn last line is cut off first.
 

@@ -1,5 +1,7 @@
 """The second stage: episodes. Starts or finds Redis, starts the learner and the players on Ray, and watches.
 
+Called by deploy/campaign.py as a stage, and in parts (`open_services`, `Watch`) by deploy/rllib.py.
+
 Its products are `episodes.jsonl`, `frontier.json` and the best network of each group and target in `candidates/`.
 The driver holds nothing that Redis or the folder does not: kill it, and `zeroout resume` runs this stage again.
 """
@@ -16,6 +18,7 @@ from typing import Any
 
 import ray
 import ray.exceptions
+import redis
 
 from actors.player import Brief
 from actors.ray_actors import start_learner, start_player
@@ -40,11 +43,11 @@ from learner.replay.connection import check_server, connect, memory_bytes, redac
 from learner.replay.ledger import Ledger
 from learner.replay.weights import WeightStore
 
-__all__ = ["search"]
+__all__ = ["POLL_S", "Services", "Watch", "open_services", "open_telemetry", "search", "server_name"]
 
 _log = logging.getLogger(__name__)
 
-_POLL_S = 0.5
+POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
 # A worker that lives this long is well. One that fails sooner, so often in a row, is given up after about 3 minutes.
 _HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
@@ -79,6 +82,38 @@ def _play_on_ray(
     progress: Progress,
 ) -> None:
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
+    opened = open_services(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
+    with opened as services, _ray(config, progress), open_telemetry(folder, services) as telemetry:
+        watch = Watch(folder, config, services, dataset, progress, telemetry)
+        watch.run()
+        watch.keep()
+    require_candidates(folder, config)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What the driver of a campaign holds while it runs: its description for workers, and its state in Redis."""
+
+    brief: Brief
+    client: redis.Redis
+    ledger: Ledger
+    weights: WeightStore
+
+
+@contextlib.contextmanager
+def open_services(
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    dataset: Dataset,
+    baseline: Baseline,
+    *,
+    redis_url: str,
+    progress: Progress,
+) -> Iterator[Services]:
+    """Start or find the campaign's Redis, and bring it and the folder to the same episodes.
+
+    Raises UserError for a server that does not answer, or is not the one that the campaign began with.
+    """
     _check_same_server(folder, redis_url)
     with contextlib.ExitStack() as stack:
         if not redis_url:
@@ -90,14 +125,16 @@ def _play_on_ray(
         brief = _brief(folder, config, dataset, baseline, redis_url)
         ledger = Ledger(client, brief.prefix)
         _open(ledger, folder, config)
-        stack.enter_context(_ray(config, progress))
-        metrics = stack.enter_context(RayMetrics(campaign=brief.campaign))
-        events = stack.enter_context(EventFiles(folder.tensorboard, folder.read_episodes()))
-        telemetry = Telemetry(metrics, events, lambda: memory_bytes(client))
-        _Watch(folder, config, brief, dataset, ledger, progress, telemetry).run()
-        _keep_candidates(ledger, folder, config)
-        _keep_controller(WeightStore(client, brief.prefix), folder)
-    require_candidates(folder, config)
+        weights = WeightStore(client, brief.prefix)
+        yield Services(brief=brief, client=client, ledger=ledger, weights=weights)
+
+
+@contextlib.contextmanager
+def open_telemetry(folder: CampaignFolder, services: Services) -> Iterator[Telemetry]:
+    """Tell those who watch, by Prometheus and by TensorBoard's event files. Ray must run."""
+    metrics = RayMetrics(campaign=services.brief.campaign)
+    with metrics, EventFiles(folder.tensorboard, folder.read_episodes()) as events:
+        yield Telemetry(metrics, events, lambda: memory_bytes(services.client))
 
 
 def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
@@ -177,14 +214,16 @@ class _Worker:
 
 
 @dataclass
-class _Watch:
-    """The driver's loop: starts the workers, mirrors records into the folder, calls the dead back to work."""
+class Watch:
+    """The driver's loop: starts the workers, mirrors records into the folder, calls the dead back to work.
+
+    `run` is all of it; `start`, `look` again and again, and `stop` are its parts.
+    """
 
     folder: CampaignFolder
     config: CampaignConfig
-    brief: Brief
+    services: Services
     dataset: Dataset
-    ledger: Ledger
     progress: Progress
     telemetry: Telemetry
     records: list[dict[str, Any]] = field(default_factory=list)
@@ -192,25 +231,50 @@ class _Watch:
     started: float = field(default_factory=time.monotonic)
     workers: dict[str, _Worker] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.brief, self.ledger = self.services.brief, self.services.ledger
+
     def run(self) -> None:
         """Watch until every episode is recorded."""
+        self.start()
+        try:
+            while not self.over:
+                time.sleep(POLL_S)
+                self.progress.search(self.look())
+        finally:
+            self.stop()
+
+    @property
+    def over(self) -> bool:
+        """Whether every episode is recorded."""
+        return len(self.records) >= self.config.search.total
+
+    def start(self) -> None:
+        """Set the workers to work."""
         self.records = self.folder.read_episodes()
         self.before = len(self.records)
         self._start_workers()
-        try:
-            while len(self.records) < self.config.search.total:
-                time.sleep(_POLL_S)
-                none_left = self._remaining() == 0
-                self._mirror()
-                if none_left and len(self.records) < self.config.search.total:
-                    raise _lost_state(self.brief.redis_url, len(self.records), self.config.search.total)
-                self._revive()
-                beats = {name: json.loads(text) for name, text in self._beats().items()}
-                snapshot = self._snapshot(beats)
-                self.progress.search(snapshot)
-                self.telemetry.look(snapshot, beats.get("learner", {}))
-        finally:
-            self._stop()
+
+    def look(self) -> SearchSnapshot:
+        """Record what was played since the last look, call the dead back to work, and tell those who watch.
+
+        Returns how the search stands. Raises UserError where Redis has lost the campaign, and a worker's own error
+        where it cannot go on.
+        """
+        none_left = self._remaining() == 0
+        self._mirror()
+        if none_left and not self.over:
+            raise _lost_state(self.brief.redis_url, len(self.records), self.config.search.total)
+        self._revive()
+        beats = {name: json.loads(text) for name, text in self._beats().items()}
+        snapshot = self._snapshot(beats)
+        self.telemetry.look(snapshot, beats.get("learner", {}))
+        return snapshot
+
+    def keep(self) -> None:
+        """Write what is worth keeping of Redis into the folder: the best networks, and the learned Controller."""
+        _keep_candidates(self.ledger, self.folder, self.config)
+        _keep_controller(self.services.weights, self.folder)
 
     def _start_workers(self) -> None:
         cluster, namespace = self.config.cluster, self.brief.prefix
@@ -281,12 +345,20 @@ class _Watch:
             self.progress.note(f"{name} {what}; it is started again")
         worker.call, worker.call_at_s = None, time.monotonic() + min(2.0**worker.failures, _LONGEST_REST_S)
 
-    def _stop(self) -> None:
+    def stop(self) -> None:
         """Ask everyone to stop and give the learner time for its last checkpoint."""
         with contextlib.suppress(Exception):  # the reason for stopping may be that Redis is gone
             self.ledger.request_stop()
             if self.workers["learner"].call is not None:
                 ray.wait([self.workers["learner"].call], timeout=_STOP_S)
+
+    def kill(self) -> None:
+        """End the workers' processes, in a Ray that outlives the campaign; an episode in flight is played again."""
+        handles = [worker.handle for worker in self.workers.values()]
+        for handle in handles:
+            ray.kill(handle)
+        # these calls fail when the processes are gone
+        ray.wait([handle.__ray_ready__.remote() for handle in handles], num_returns=len(handles), timeout=_STOP_S)
 
     def _snapshot(self, beats: dict[str, dict[str, Any]]) -> SearchSnapshot:
         elapsed = time.monotonic() - self.started
@@ -340,7 +412,7 @@ def _keep_controller(weights: WeightStore, folder: CampaignFolder) -> None:
 
 def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:
     """A campaign's episodes in flight, networks and replay are in the Redis it began with; UserError for another."""
-    path, server = folder.path / "server", redact(redis_url) if redis_url else "a server of the campaign's own"
+    path, server = folder.path / "server", server_name(redis_url)
     if not path.is_file():
         write_atomic(path, server)
     began = path.read_text()
@@ -351,6 +423,11 @@ def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:
             got=server,
             remedy="give the same --redis (or none)",
         )
+
+
+def server_name(redis_url: str) -> str:
+    """What a Redis is called in files and messages: its URL without a password, or that it is the campaign's own."""
+    return redact(redis_url) if redis_url else "a server of the campaign's own"
 
 
 def _lost_state(redis_url: str, recorded: int, total: int) -> UserError:

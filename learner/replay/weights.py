@@ -47,7 +47,7 @@ class WeightStore:
             self.pull(-1)
         except PayloadError as error:
             _log.warning("weights: what was stored cannot be read and is replaced: %s", error)
-            self._client.delete(*self._keys)
+            self.clear()
             return self._published(version, sealed)
         return False
 
@@ -58,6 +58,10 @@ class WeightStore:
             return None if found is None else int(found)
         except (ResponseError, ValueError):
             return None  # `pull` says what is wrong, and the next publication mends it
+
+    def clear(self) -> None:
+        """Forget the weights: a learner that goes back to an earlier state publishes lower versions."""
+        self._client.delete(*self._keys)
 
     def _published(self, version: int, sealed: bytes) -> bool:
         newest: Any = self._publish(keys=self._keys, args=[version, sealed])

@@ -96,6 +96,27 @@ def test_a_trainer_goes_on_from_its_checkpoint(
     second.replay.close()
 
 
+def test_a_trainer_saves_when_asked_beside_its_run(
+    learning: Brief, dataset: Dataset, ledger: Ledger, tmp_path: Path
+) -> None:
+    learning = replace(learning, learner=replace(learning.learner, checkpoint_period=1000))
+    Player("actor-0", learning, dataset).play()
+    trainer = Trainer(learning, tmp_path)
+    trainer.save()  # nothing runs yet: there is nothing to write
+    assert checkpoint.load_newest(tmp_path) is None
+    thread = threading.Thread(target=trainer.run)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while trainer.learner.updates < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    trainer.save()
+    saved = checkpoint.load_newest(tmp_path)
+    ledger.request_stop()
+    thread.join(60)
+    assert saved is not None
+    assert saved["updates"] == 4
+
+
 def test_when_nothing_but_bad_sequences_come_the_last_good_weights_are_saved_and_the_error_says_which(
     learning: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, tmp_path: Path
 ) -> None:

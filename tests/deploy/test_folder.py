@@ -241,3 +241,9 @@ def test_a_campaign_is_run_by_one_process_at_a_time_and_looked_at_by_all(campaig
         assert CampaignFolder.open(campaign.path).read_episodes() == []
     with campaign.held():  # let go
         pass
+
+
+def test_a_campaign_can_go_on_with_the_keys_of_another(campaign: CampaignFolder, tmp_path: Path) -> None:
+    other = CampaignFolder.create(tmp_path / "other", TOML)
+    other.adopt_redis_prefix(campaign.make_redis_prefix())
+    assert other.redis_prefix() == other.make_redis_prefix() == campaign.redis_prefix()

@@ -31,6 +31,14 @@ def test_an_older_version_never_replaces_a_newer_one(store: WeightStore) -> None
     assert store.pull(-1) == (10, b"ten")
 
 
+def test_after_clear_a_lower_version_is_the_newest(store: WeightStore) -> None:
+    store.publish(10, b"ten")
+    store.clear()
+    assert store.pull(-1) is None
+    assert store.publish(9, b"nine")
+    assert store.pull(-1) == (9, b"nine")
+
+
 def test_a_poisoned_value_is_refused(store: WeightStore, client: redis.Redis, prefix: str) -> None:
     store.publish(4, b"four")
     key = f"{{{prefix}}}:weights:newest"
