@@ -30,7 +30,7 @@ __all__ = ["PipelinedReplay"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_TOGETHER = 256  # sequences that one command inserts
+_TOGETHER = 256  # sequences of several inserts that go to the replay in one call
 _UPDATES_BEHIND = 8  # beyond the samples asked for; a learner that is further ahead waits
 
 

@@ -7,6 +7,7 @@ which a script knows a repetition whose first reply was lost, and answers it wit
 import contextlib
 import logging
 import math
+import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -43,15 +44,19 @@ class Race:
     """
 
     def __init__(self, client: redis.Redis, prefix: str) -> None:
-        self.client, tag = client, namespace(prefix)
-        # Not from a seed: two processes with the same one must not take each other's results.
-        self._me, self._requests = secrets.token_hex(8), 0
-        names = [f"{tag}:replay:{name}" for name in _TYPES]
+        self.client, self._tag = client, namespace(prefix)
+        names = [f"{self._tag}:replay:{name}" for name in _TYPES]
         self.clock, self.data, self.weight, self.age, self.ids, self.state = names
-        self.last = [f"{tag}:replay:last:{self._me}:{place}" for place in range(_AHEAD)]
         self._keys = names
         self._scripts = {name: script(client, "race.lua", f"{name}.lua") for name in _SCRIPTS}
         self._by_sha = {loaded.sha: loaded for loaded in self._scripts.values()}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Take a name for this process: two must not take each other's results, so it is from no seed."""
+        self._process, self._me, self._requests = os.getpid(), secrets.token_hex(8), 0
+        self.last = [f"{self._tag}:replay:last:{self._me}:{place}" for place in range(_AHEAD)]
+        self._loaded: set[str] = set()
 
     def run(self, name: str, *args: Any) -> Any:
         """Return the result of the script `name`.
@@ -65,6 +70,9 @@ class Race:
 
         The next requests are taken, and sent, while the server works on the ones before.
         """
+        if name not in self._loaded:  # a server that learns of it on the way would refuse the first and take the next
+            self.client.script_load(self._scripts[name].script)
+            self._loaded.add(name)
         commands = (self._command(name, args) for args in requests)
         return map(self._result, streamed(self.client, commands, self._again, ahead=_AHEAD))
 
@@ -80,6 +88,8 @@ class Race:
 
     def _command(self, name: str, args: Sequence[Any]) -> Command:
         """Return a new request of the script `name`; its result takes the place of that `_AHEAD` requests before."""
+        if os.getpid() != self._process:
+            self._begin()
         self._requests += 1
         keys = [*self._keys, self.last[self._requests % _AHEAD]]
         request = (f"{self._me}:{self._requests}", _KEEP_RESULT_S)

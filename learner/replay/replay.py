@@ -162,24 +162,23 @@ class Replay:
     def insert(self, items: Iterable[Item]) -> int:
         """Add the items whose ids are new, evicting the oldest sequences beyond the capacity.
 
-        Items that are made as they are asked for, by a generator, are made while the server adds the ones before.
-        Returns how many of the ids the replay holds afterwards: the same when the call is repeated. Never waits
-        (`stats().actors_waiting` asks for it). Raises ValueError for a priority that is not finite or negative, an
-        empty id, or a payload above `capacity_bytes`; up to a few items before that one may then be left out as well,
-        the others before it are added.
+        Items that are made as they are asked for, by a generator, are made while the server adds the ones before; to
+        repeat the call, as after a lost connection, give the same items again, which a generator cannot. Returns how
+        many of the ids the replay holds afterwards. Never waits (`stats().actors_waiting` asks for it). Raises
+        ValueError for a priority that is not finite or negative, an empty id, or a payload above `capacity_bytes`: that
+        item and all after it are not added, of the hundred before it some may not be, and all others are.
         """
         ids: list[str] = []
-        held = sum(map(int, self.race.run_each("insert", (self._insertion(chunk, ids) for chunk in _chunks(items)))))
-        evicting = self._config.capacity_bytes > 0 or len(ids) > self._config.capacity_sequences
-        return self.race.holding(ids) if evicting and len(ids) > _INSERT_SEQUENCES else held
+        lots = [int(held) for held in self.race.run_each("insert", (self._insertion(lot, ids) for lot in _lots(items)))]
+        return sum(lots) if len(lots) < 2 else self.race.holding(ids)  # a lot may have evicted those before it
 
-    def _insertion(self, chunk: list[Item], ids: list[str]) -> list[Any]:
+    def _insertion(self, lot: list[Item], ids: list[str]) -> list[Any]:
         """Return the arguments of one insertion, and add its ids to `ids`."""
-        ids += [item.sequence_id for item in chunk]
-        weights = self.check(chunk)
-        waits = self._rng.standard_exponential(len(chunk)).tolist()
+        ids += [item.sequence_id for item in lot]
+        weights = self.check(lot)
+        waits = self._rng.standard_exponential(len(lot)).tolist()
         args: list[Any] = [self._config.capacity_sequences, self._config.capacity_bytes]
-        for item, weight, wait in zip(chunk, weights, waits, strict=True):
+        for item, weight, wait in zip(lot, weights, waits, strict=True):
             args += [item.sequence_id, weight, wait, item.payload]
         return args
 
@@ -187,7 +186,7 @@ class Replay:
         """Return the weights of items that `insert` would take, ValueError where it would not; asks no server."""
         for item in items:
             self._check(item)
-        return self._weights_of([item.priority for item in items])
+        return self._weights_of([item.priority for item in items], [item.sequence_id for item in items])
 
     def sample(self, batch_size: int) -> Sample | None:
         """Draw `batch_size` sequences (1 to 2048), or None when the learner must wait.
@@ -230,7 +229,7 @@ class Replay:
         values = np.asarray(priorities, np.float64)
         if values.shape != (len(keys),):
             raise ValueError(f"priorities must have the shape of keys ({len(keys)},), got {values.shape}")
-        weights = self._weights_of(values.tolist())
+        weights = self._weights_of(values.tolist(), keys)
         waits = self._rng.standard_exponential(len(keys)).tolist()
         found = 0
         for start in range(0, len(keys), MAX_BATCH):
@@ -309,11 +308,11 @@ class Replay:
                 f"payload of {item.sequence_id} must fit into capacity_bytes={capacity}, got {len(item.payload)}"
             )
 
-    def _weights_of(self, priorities: list[float]) -> list[float]:
+    def _weights_of(self, priorities: list[float], names: Sequence[str]) -> list[float]:
         values = np.array(priorities, np.float64)
         if not (len(values) == 0 or (values.min() >= 0 and values.max() < math.inf)):  # NaN is neither
             i = next(i for i, value in enumerate(priorities) if not 0 <= value < math.inf)
-            raise ValueError(f"priorities must be finite and >= 0, got {priorities[i]} at index {i}")
+            raise ValueError(f"priorities must be finite and >= 0, got {priorities[i]} for {names[i]}")
         # What overflows is cut off as well.
         with np.errstate(over="ignore"):
             powers = values**self._config.priority_exponent
@@ -365,18 +364,18 @@ def importance_weights(probabilities: npt.NDArray[np.float64], exponent: float) 
     return weights
 
 
-def _chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
+def _lots(items: Iterable[Item]) -> Iterator[list[Item]]:
     """Yield the items by as many as one script adds."""
-    chunk: list[Item] = []
+    lot: list[Item] = []
     size = 0
     for item in items:
-        if chunk and (len(chunk) >= _INSERT_SEQUENCES or size + len(item.payload) > _INSERT_BYTES):
-            yield chunk
-            chunk, size = [], 0
-        chunk.append(item)
+        if lot and (len(lot) >= _INSERT_SEQUENCES or size + len(item.payload) > _INSERT_BYTES):
+            yield lot
+            lot, size = [], 0
+        lot.append(item)
         size += len(item.payload)
-    if chunk:
-        yield chunk
+    if lot:
+        yield lot
 
 
 def _at_least(name: str, value: float, least: float) -> None:

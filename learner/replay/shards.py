@@ -72,7 +72,11 @@ class ShardedReplay:
         self._waiting = WaitingLog(config.replay_ratio)
 
     def insert(self, items: Iterable[Item]) -> int:
-        """Add the items whose ids are new, as `Replay.insert`; those of a damaged shard are left out."""
+        """Add the items whose ids are new; those of a damaged shard are left out.
+
+        As `Replay.insert`, but all items are taken before the first is added, shard by shard: where one of them raises
+        ValueError, what belongs to a shard after its own is not added, and what belongs to one before is.
+        """
         parts: dict[int, list[Item]] = {}
         for item in items:
             parts.setdefault(zlib.crc32(item.sequence_id.encode()) % len(self._replays), []).append(item)

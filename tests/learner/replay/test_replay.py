@@ -1,6 +1,7 @@
 import io
 import logging
 import math
+import multiprocessing
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -200,7 +201,7 @@ def test_of_a_key_given_twice_the_last_priority_holds(make: Any) -> None:
 def test_a_priority_that_is_no_rate_is_an_error_and_changes_nothing(make: Any, priority: float) -> None:
     replay = make(_free(priority_exponent=1.0))
     replay.insert(_items({1: 1.0}))
-    with pytest.raises(ValueError, match=f"priorities must be finite and >= 0, got {priority} at index 1"):
+    with pytest.raises(ValueError, match=f"priorities must be finite and >= 0, got {priority} for 1:s1"):
         replay.update(["1:s1", "1:s1"], [2.0, priority])
     with pytest.raises(ValueError, match="priorities must be finite"):
         replay.insert(_items({2: 1.0, 3: priority}))
@@ -358,6 +359,44 @@ def test_of_more_items_than_fit_the_last_are_held(client: redis.Redis, prefix: s
     items = _items(dict.fromkeys(range(200), 1.0))
     assert replay.insert(iter(items)) == 70
     assert sorted(client.hkeys(replay.race.ids)) == sorted(item.sequence_id.encode() for item in items[-70:])
+
+
+def test_what_later_lots_of_a_call_have_evicted_is_not_counted(client: redis.Redis, prefix: str) -> None:
+    large = Replay(client, prefix, _free(capacity_sequences=2), np.random.default_rng(0))
+    assert large.insert([Item(f"s{i}", bytes(3 << 20), 1.0) for i in range(5)]) == 2
+    small = Replay(client, f"{prefix}-small", _free(capacity_sequences=100), np.random.default_rng(0))
+    small.insert(_items(dict.fromkeys(range(100), 1.0)))
+    asked = [*range(24), *range(100, 176)]
+    assert small.insert(_items(dict.fromkeys(asked, 1.0))) == 76
+
+
+def test_a_script_that_another_client_loads_on_the_way_does_not_change_the_order(
+    client: redis.Redis, redis_url: str, prefix: str
+) -> None:
+    replay = Replay(client, prefix, _free(capacity_sequences=48), np.random.default_rng(0))
+
+    def items() -> Iterator[Item]:
+        for item in _items(dict.fromkeys(range(72), 1.0)):
+            if item.sequence_id == "s30":
+                with connect(redis_url) as other:
+                    other.script_load(replay.race._scripts["insert"].script)
+            yield item
+
+    client.script_flush()
+    replay.insert(items())
+    assert {int(name[1:]) for name in client.hkeys(replay.race.ids)} == set(range(24, 72))
+
+
+def test_a_forked_process_does_not_take_its_parents_results(redis_url: str, prefix: str) -> None:
+    with connect(redis_url) as client:
+        replay = Replay(client, prefix, _free(), np.random.default_rng(0))
+        replay.insert(_items({0: 1.0}))
+        child = multiprocessing.get_context("fork").Process(target=replay.insert, args=(_items({1: 1.0}),))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+        assert replay.insert(_items({2: 1.0})) == 1
+        assert sorted(client.hkeys(replay.race.ids)) == [b"s0", b"s1", b"s2"]
 
 
 def test_many_processes_may_insert_sample_and_update_at_once(redis_url: str, prefix: str) -> None:
