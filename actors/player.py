@@ -4,6 +4,7 @@ All that must outlive this process goes to Redis in an order that a kill at any 
 (idempotent by id), then the episode's record together with its networks, in one step.
 """
 
+import copy
 import json
 import logging
 import time
@@ -159,7 +160,8 @@ class Player:
         self.env = CompressionEnv(recognizer, brief.episode, features=True, seed=brief.seed)
         self.plan, self.ladder = recognizer.plan, brief.ladder(recognizer.plan)
         self.services = Services(brief, name)
-        self._fresh, self._controller = (brief.fresh_controller(self.plan).eval() for _ in range(2))
+        self._fresh = brief.fresh_controller(self.plan).eval()
+        self._controller = copy.deepcopy(self._fresh)
         self._version = 0
         self._give_back()
 

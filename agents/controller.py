@@ -17,7 +17,7 @@ narrow is learned, and so is what makes a filter of a layer better than another:
 Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. The heads start
 at zero: on its first day all c are alike, and it plays `balanced`. The u_l make no difference between actions that
 remove as much. They are there for learning: a shape's own part in Q is then about 0 in the mean of all episodes and at
-every step, so that V alone takes up the mean return, and few updates tell the layers apart (trial 11 of the log).
+every step, so that V alone takes up the mean return, and few updates tell the layers apart (trial 12 of the log).
 """
 
 import math
@@ -32,7 +32,7 @@ from agents.network import Judgement, OverTime, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
-from env.measure import log_freed
+from env.measure import log_freed, one_less
 
 __all__ = ["Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
@@ -172,8 +172,7 @@ class Controller(QNetwork):
             alone = torch.where(seen.keep_mask, judgement.advantage - everyone, 0.0)
             return judgement.value[..., None] + scale * alone
         kept = self.plan.kept_per_layer(seen.keep_mask)
-        one_less = (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)
-        harm = self._harm(judgement.log_harm[..., None, :], one_less)[..., self.layer_of]
+        harm = self._harm(judgement.log_harm[..., None, :], one_less(kept))[..., self.layer_of]
         alone = harm + scale * judgement.residual
         nothing = self._harm(judgement.log_harm, kept)[..., None]
         return judgement.value[..., None] - torch.where(seen.keep_mask, alone, nothing)
@@ -203,10 +202,10 @@ class Controller(QNetwork):
         """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
         widths, layers = self.plan.widths.to(kept.device), kept.shape[-1]
         depth = torch.linspace(-1.0, 1.0, layers, device=kept.device).expand(kept.shape)
-        freed = log_freed(self.measure, self.plan, kept)
-        resolution = log_freed("macs", self.plan, kept) - log_freed("parameters", self.plan, kept)
+        freed = {name: log_freed(name, self.plan, kept) for name in {self.measure, "macs", "parameters"}}
+        resolution = freed["macs"] - freed["parameters"]
         resolution = resolution - resolution.mean(-1, keepdim=True)
-        sizes = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed / _LOG_SCALE]
+        sizes = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed[self.measure] / _LOG_SCALE]
         own = [*sizes, resolution, depth, depth.square()]
         shared = seen.compression[..., None].expand(kept.shape)
         return torch.cat([torch.stack([*own, shared], dim=-1), means / _LOG_SCALE], dim=-1)

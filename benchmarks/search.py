@@ -52,8 +52,8 @@ written to benchmarks/results/search/CELL.jsonl with a fingerprint of its config
 that stays the same, whatever happens to the code (the row names its commit). Delete the row to make it again.
 
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
-before has learned: their exploration is wider and their recovery longer than those of the comparison, and their seeds
-are not among its seeds. What comes out lies in benchmarks/results/search/controller.safetensors.
+before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
+seeds. What comes out lies in benchmarks/results/search/controller.safetensors.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
@@ -188,13 +188,14 @@ class Bench:
         """Campaigns of the Controller, one after the other, each beginning with what the one before has learned."""
         learned = ""
         for seed in seeds:
-            weights, out = self.baseline(seed), self.work / f"{self.cell.name}-{seed}-teach"
+            config = self.cell.config(seed, "fresh", self.baseline(seed))
+            out = self.work / f"{self.cell.name}-{seed}-teach"
             sets = [*TEACHING, *([f"controller.weights={json.dumps(learned)}"] if learned else [])]
-            self.campaign(self.cell.config(seed, "fresh", weights), out, sets, f"teaching, seed {seed}")
+            self.campaign(config, out, sets, f"teaching, seed {seed}")
             if not (out / "result.json").is_file():
                 return
             learned = str((out / "controller.safetensors").resolve())
-            returns = row_of(out, self.cell.config(seed, "fresh", weights), "fresh")["episodes"]
+            returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
         TAUGHT.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(TAUGHT, Path(learned).read_bytes())

@@ -32,18 +32,19 @@ def keep_better(folder: CampaignFolder, candidates: Iterable[Candidate]) -> None
     They come from Redis, where others may write too: what is no network is left out, with a warning in the log.
     """
     for candidate in candidates:
-        facts_of_it = _facts(candidate)
-        if facts_of_it is None:
-            _log.warning("%s: what is stored is no network of a campaign, and left out", candidate.slot)
-            continue
         group, _, target = candidate.slot.partition("/")
         path = candidate_path(folder, group, float(target))
         path.parent.mkdir(exist_ok=True)
         facts = path.with_suffix(".json")
         kept = read_json(facts).get("score", -math.inf) if facts.is_file() and path.is_file() else -math.inf
-        if candidate.score > kept:
-            write_atomic(path, candidate.payload)
-            write_json(facts, {**facts_of_it, "score": candidate.score})
+        if not candidate.score > kept:
+            continue
+        facts_of_it = _facts(candidate)  # reads the whole network: not of those that stand in the folder already
+        if facts_of_it is None:
+            _log.warning("%s: what is stored is no network of a campaign, and left out", candidate.slot)
+            continue
+        write_atomic(path, candidate.payload)
+        write_json(facts, {**facts_of_it, "score": candidate.score})
 
 
 def _facts(candidate: Candidate) -> dict[str, Any] | None:

@@ -38,6 +38,7 @@ from deploy.config import CampaignConfig, ClusterConfig, dump, from_tree
 from deploy.folder import CampaignFolder, write_atomic, write_json
 from deploy.frontier import frontier
 from deploy.prepare import preflight, prepare
+from deploy.process_list import REDIS_VARIABLE
 from deploy.progress import PlainProgress
 from deploy.redis_server import EmbeddedServer
 from deploy.search import POLL_S, Watch, open_services, open_telemetry, server_name
@@ -255,7 +256,7 @@ class R2D2(Algorithm):
         self._campaign = self._settings.campaign()
         self._dataset = preflight(self._campaign, warn=_log.warning)
         self._progress = PlainProgress(Console(stderr=True))
-        self._redis_url = os.environ.get("ZEROOUT_REDIS_URL", "")
+        self._redis_url = os.environ.get(REDIS_VARIABLE, "")
         self._folder: CampaignFolder | None = None  # from the first `train()` or a checkpoint on
         self._watch: Watch | None = None  # while workers run
         self._opened = contextlib.ExitStack()  # closes what `train()` opened

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from env.channels import MEASURES, ChannelPlan
 
-__all__ = ["Measure", "log_freed"]
+__all__ = ["Measure", "log_freed", "one_less"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,10 @@ def log_freed(measure: str, plan: ChannelPlan, kept: Tensor) -> Tensor:
         float32 [..., L], at most 0; at least log(1e-6), also where nothing is left to free.
 
     """
-    without = (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)
     now = plan.cost(measure, kept)[..., None].float()
-    return ((now - plan.cost(measure, without).float()) / now).clamp(min=1e-6).log()
+    return ((now - plan.cost(measure, one_less(kept)).float()) / now).clamp(min=1e-6).log()
+
+
+def one_less(kept: Tensor) -> Tensor:
+    """The shapes that are a filter narrower in one layer each: int64 [..., L] -> int64 [..., L, L], at least 0."""
+    return (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)

@@ -29,7 +29,17 @@ from redis.retry import Retry
 
 from env.errors import UserError
 
-__all__ = ["Command", "check_server", "connect", "namespace", "redact", "retrying", "script", "streamed"]
+__all__ = [
+    "Command",
+    "check_server",
+    "connect",
+    "memory_bytes",
+    "namespace",
+    "redact",
+    "retrying",
+    "script",
+    "streamed",
+]
 
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
