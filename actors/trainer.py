@@ -71,6 +71,7 @@ class Trainer:
             brief.sequences,
             brief.packing(plan),
         )
+        self.replay.prepare = self.learner.prepare
         saved = checkpoint.load_newest(checkpoints)
         if saved is not None:
             self.learner.load_state_dict(saved)

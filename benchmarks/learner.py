@@ -154,8 +154,10 @@ def ways(shape: Shape, device: torch.device) -> Iterator[tuple[dict[str, Callabl
         serial, inner = (Replay(client, "bench", config, np.random.default_rng(seed)) for seed in (1, 2))
         serial.insert(items)
         with PipelinedReplay(inner, shape.learner.batch_size) as pipelined:
+            whole = learner_of(shape, pipelined, device)
+            pipelined.prepare = whole.prepare
             made = {
-                "whole": learner_of(shape, pipelined, device).update,
+                "whole": whole.update,
                 "serial": learner_of(shape, serial, device).update,
                 "bare": bare(shape, sequences, device),
             }

@@ -20,7 +20,15 @@ from learner.losses import n_step_targets, q_discrepancy, r2d2_loss, rescale, se
 from learner.packing import Arrays, Packing
 from learner.sequence import Batch, ForeignSequenceError, SequenceConfig, collate
 
-__all__ = ["Learner", "LearnerConfig", "SampledSequences", "SequenceReplay", "UpdateReport", "first_priorities"]
+__all__ = [
+    "Learner",
+    "LearnerConfig",
+    "ReadyBatch",
+    "SampledSequences",
+    "SequenceReplay",
+    "UpdateReport",
+    "first_priorities",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -74,10 +82,20 @@ class SampledSequences(Protocol):
         """What `learner.sequence.cut` made."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadyBatch:
+    """A sample as an update needs it; see `Learner.prepare`."""
+
+    keys: list[str]  # of the sequences in the batch
+    weights: Tensor  # float32 [B], on the learner's device
+    batch: Batch | None  # likewise; None where no sequence was ours
+    foreign: list[tuple[str, str]]  # keys of sequences that are not ours, and why
+
+
 class SequenceReplay(Protocol):
     """The part of a replay that the learner uses."""
 
-    def sample(self, batch_size: int) -> SampledSequences | None:
+    def sample(self, batch_size: int) -> SampledSequences | ReadyBatch | None:
         """Draw by priority; None when it is not the learner's turn."""
 
     def update(self, keys: list[str], priorities: np.ndarray) -> int:
@@ -141,19 +159,33 @@ class Learner:
         sample = self.replay.sample(self.config.batch_size)
         if sample is None:
             return None
-        sound = self._collated(sample)
-        if sound is None:
+        ready = sample if isinstance(sample, ReadyBatch) else self.prepare(sample)
+        for key, problem in ready.foreign:
+            self._remove([key], problem)
+        if ready.batch is None:
             return None
-        places, batch = sound
-        keys = [sample.keys[place] for place in places]
-        weights = torch.as_tensor(np.asarray(sample.weights)[places], dtype=torch.float32)
-        report, priorities = self.learn(batch, weights.to(self._device))
+        report, priorities = self.learn(ready.batch, ready.weights)
         if report is None:
-            self._skip(keys, priorities)
+            self._skip(ready.keys, priorities)
             return None
         self._bad_in_a_row = 0
-        self.replay.update(keys, priorities.double().cpu().numpy())
+        self.replay.update(ready.keys, priorities.double().cpu().numpy())
         return report
+
+    def prepare(self, sample: SampledSequences) -> ReadyBatch:
+        """Put the sequences that are ours side by side; changes nothing, so that another thread may do it ahead."""
+        places, hidden = list(range(len(sample.keys))), self.controller.hidden_size
+        batch: Batch | None = None
+        foreign: list[tuple[str, str]] = []
+        while places and batch is None:
+            try:
+                arrays = [sample.arrays[place] for place in places]
+                batch = collate(arrays, self.sequences, self.packing, hidden=hidden).to(self._device)
+            except ForeignSequenceError as error:
+                foreign.append((sample.keys[places.pop(error.index)], error.problem))
+        weights = torch.as_tensor(np.asarray(sample.weights)[places], dtype=torch.float32)
+        keys = [sample.keys[place] for place in places]
+        return ReadyBatch(keys=keys, weights=weights.to(self._device), batch=batch, foreign=foreign)
 
     def learn(self, batch: Batch, weights: Tensor) -> tuple[UpdateReport | None, Tensor]:
         """One update on a batch that is there already: the report and the new priorities [B].
@@ -176,17 +208,6 @@ class Learner:
             delta_q=self._delta_q(batch),
         )
         return report, priorities
-
-    def _collated(self, sample: SampledSequences) -> tuple[list[int], Batch] | None:
-        """The sequences that are ours, as places in the sample and as a batch; the others are removed."""
-        places, hidden = list(range(len(sample.keys))), self.controller.hidden_size
-        while places:
-            try:
-                arrays = [sample.arrays[place] for place in places]
-                return places, collate(arrays, self.sequences, self.packing, hidden=hidden).to(self._device)
-            except ForeignSequenceError as error:
-                self._remove([sample.keys[places.pop(error.index)]], error.problem)
-        return None
 
     def _remove(self, keys: list[str], problem: str) -> None:
         _log.warning("learner: removed from the replay: %s (%s)", ", ".join(keys), problem)

@@ -1,8 +1,8 @@
 """A replay that works while its owner computes: samples are fetched ahead, inserts and priorities written behind.
 
-Wrapped around a `Replay` by whoever owns the learner; to the learner it is a replay like any other. One background
-thread owns the replay inside, and carries out the commands in the order in which the learner's calls gave them: with
-one sample ahead
+Wrapped around a `Replay` by whoever owns the learner; to the learner it is a replay like any other, whose samples may
+come as finished batches. One background thread owns the replay inside, and carries out the commands in the order in
+which the learner's calls gave them: with one sample ahead
 
     S0 S1 | U0 S2 | U1 S3 | ...
 
@@ -56,12 +56,16 @@ class PipelinedReplay:
         batch_size: of every sample.
         depth: samples fetched ahead, at least 1.
 
+    Attributes:
+        prepare: what the thread makes of each sample before it hands it out (`Learner.prepare`); None: nothing.
+
     """
 
     def __init__(self, replay: _Replay, batch_size: int, *, depth: int = 1) -> None:
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
         self._replay, self._batch_size, self._depth = replay, batch_size, depth
+        self.prepare: Callable[[Sample], Any] | None = None
         self._commands: queue.Queue[Callable[[], None] | None] = queue.Queue(depth + _UPDATES_BEHIND)
         self._ahead: list[_Answer] = []
         self._open: list[Item] | None = None  # the last command's, while it is an insert that has not begun
@@ -85,8 +89,8 @@ class PipelinedReplay:
         self._put(partial(self._write, partial(self._insert, together)), together)
         return len(items)
 
-    def sample(self, batch_size: int) -> Sample | None:
-        """Return the next sample, or None when it is not the learner's turn; the next call then asks again.
+    def sample(self, batch_size: int) -> Any:
+        """Return the next sample, prepared, or None when it is not the learner's turn; the next call then asks again.
 
         Raises ValueError unless `batch_size` is that of the pipeline.
         """
@@ -146,7 +150,7 @@ class PipelinedReplay:
                 raise
             _log.warning("replay: what was left could not be written: %s", failure)
 
-    def _next_fetched(self) -> Sample | None:
+    def _next_fetched(self) -> Any:
         """Return the first sample fetched ahead that was not refused, or None."""
         while self._ahead:
             sample = self._ahead.pop(0).result()
@@ -156,8 +160,12 @@ class PipelinedReplay:
 
     def _ask(self) -> "_Answer":
         answer = _Answer()
-        self._put(partial(answer.fill, partial(self._replay.sample, self._batch_size)))
+        self._put(partial(answer.fill, self._draw))
         return answer
+
+    def _draw(self) -> Any:
+        sample = self._replay.sample(self._batch_size)
+        return sample if sample is None or self.prepare is None else self.prepare(sample)
 
     def _put(self, command: Callable[[], None], items: list[Item] | None = None) -> None:
         """Give the thread a command; further inserts may join its `items` until it begins or another one follows."""
@@ -201,10 +209,10 @@ class _Answer:
 
     def __init__(self) -> None:
         self._there = threading.Event()
-        self._sample: Sample | None = None
+        self._sample: Any = None
         self._error: Exception | None = None
 
-    def fill(self, draw: Callable[[], Sample | None]) -> None:
+    def fill(self, draw: Callable[[], Any]) -> None:
         """Hold what `draw` returns or raises."""
         try:
             self._sample = draw()
@@ -212,7 +220,7 @@ class _Answer:
             self._error = error
         self._there.set()
 
-    def result(self) -> Sample | None:
+    def result(self) -> Any:
         """Wait for the sample and return it; raises what the draw raised."""
         self._there.wait()
         if self._error is not None:

@@ -5,6 +5,7 @@ import math
 import pickle
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path

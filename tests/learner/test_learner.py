@@ -468,6 +468,19 @@ def test_a_poisoned_sequence_is_removed_and_the_rest_of_its_batch_learned_from(
     assert (learning.updates, learning.skipped) == (1, 0)
 
 
+def test_a_sample_that_was_prepared_ahead_is_learned_from_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead, plain = learner(poisoned(), whole=True), learner(poisoned(), whole=True)
+    assert isinstance(ahead.replay, MemoryReplay)
+    assert isinstance(plain.replay, MemoryReplay)
+    ready = ahead.prepare(ahead.replay.sample(0))
+    assert ahead.replay.rejected == []  # to prepare changes nothing
+    monkeypatch.setattr(ahead.replay, "sample", lambda _: ready)
+    assert ahead.update() == plain.update()
+    assert equal(weights_of(ahead.controller), weights_of(plain.controller))
+    assert ahead.replay.rejected == plain.replay.rejected == ["7:1"]
+    assert ahead.replay.priorities == plain.replay.priorities
+
+
 def test_a_batch_of_foreign_sequences_alone_is_removed_and_the_next_one_asked_for() -> None:
     foreign = [{"rewards": np.zeros(3, np.float32)} for _ in range(5)]
     learning = learner(foreign, whole=True, max_bad_updates=1)

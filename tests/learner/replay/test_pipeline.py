@@ -110,6 +110,34 @@ def test_the_next_sample_is_fetched_while_the_learner_computes(inner: ScriptedRe
         assert _name(replay.sample(_B)) == "S1"
 
 
+def test_samples_are_prepared_ahead_by_the_thread_and_a_refused_one_is_not(inner: ScriptedReplay) -> None:
+    prepared: list[str] = []
+
+    def prepare(sample: Sample) -> str:
+        prepared.append(f"{_name(sample)} by {threading.current_thread().name}")
+        return _name(sample).lower()
+
+    inner.outcomes = {"S1": None}
+    with PipelinedReplay(inner, _B) as replay:
+        replay.prepare = prepare
+        assert [replay.sample(_B), replay.sample(_B)] == ["s0", "s2"]  # S1 was refused
+    assert prepared[:2] == ["S0 by replay-pipeline", "S2 by replay-pipeline"]
+
+
+def test_an_error_while_a_sample_is_prepared_comes_from_the_call_that_asks_for_it(inner: ScriptedReplay) -> None:
+    def prepare(sample: Sample) -> Sample:
+        if _name(sample) == "S1":
+            raise MemoryError("a batch of S1")
+        return sample
+
+    with PipelinedReplay(inner, _B) as replay:
+        replay.prepare = prepare
+        assert _name(replay.sample(_B)) == "S0"
+        with pytest.raises(MemoryError, match="a batch of S1"):
+            replay.sample(_B)
+        assert _name(replay.sample(_B)) == "S2"
+
+
 def test_the_learners_memory_may_be_used_again(inner: ScriptedReplay) -> None:
     with PipelinedReplay(inner, _B) as replay:
         sample = replay.sample(_B)
