@@ -4,12 +4,14 @@ Ray restarts processes (`max_restarts=-1`) and is not asked to remember: a resta
 """
 
 import logging
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import PLAYER_SECONDS
 from actors.player import Brief, Player
@@ -25,9 +27,9 @@ _WAIT_S = 0.2
 class EpisodeActor:
     """Plays episodes until the campaign is over."""
 
-    def __init__(self, name: str, device: str, threads: int) -> None:
+    def __init__(self, name: str, gpus: float, threads: int) -> None:
         _prepare_process(threads)
-        self._name, self._device = name, device
+        self._name, self._device = name, _device(name, gpus)
 
     def __repr__(self) -> str:
         return f"EpisodeActor({self._name})"
@@ -72,15 +74,25 @@ class LearnerActor:
 
 
 def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:
-    """Start a player's process; it waits for `run`."""
+    """Start a player's process, on any node that has room for it, now or later; it waits for `run`."""
     shell = ray.remote(EpisodeActor).options(
-        name=name, namespace=namespace, num_gpus=gpus, num_cpus=cpus, max_restarts=-1, max_task_retries=0
+        name=name,
+        namespace=namespace,
+        num_gpus=gpus,
+        num_cpus=cpus,
+        max_restarts=-1,
+        max_task_retries=0,
+        scheduling_strategy="SPREAD",  # a node that is lost then takes few players with it
     )
-    return shell.remote(name, "cuda" if gpus else "cpu", threads)
+    return shell.remote(name, gpus, threads)
 
 
 def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
-    """Start the learner's process; it asks for no core of its own, so that a laptop has room for the players."""
+    """Start the learner's process on the driver's node, whose folder its checkpoints are kept in.
+
+    It asks for no core of its own, so that a laptop has room for the players.
+    """
+    here = ray.get_runtime_context().get_node_id()
     shell = ray.remote(LearnerActor).options(
         name="learner",
         namespace=namespace,
@@ -88,8 +100,20 @@ def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
         max_restarts=-1,
         max_task_retries=0,
         max_concurrency=2,  # `save` beside `run`
+        scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
     )
     return shell.remote(str(checkpoints), threads)
+
+
+def _device(name: str, gpus: float) -> str:
+    """Where a player that was given so many GPUs plays."""
+    if gpus and not torch.cuda.is_available():
+        logging.getLogger("zeroout").warning(
+            "%s: Ray gave it %g GPU, and torch %s sees none on %s: it plays on the CPU (see zeroout doctor)",
+            name, gpus, torch.__version__, socket.gethostname(),
+        )  # fmt: skip
+        return "cpu"
+    return "cuda" if gpus else "cpu"
 
 
 def _prepare_process(threads: int) -> None:

@@ -21,10 +21,13 @@ from learner.replay.connection import check_server, connect
 __all__ = ["run_campaign"]
 
 
-def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress: Progress) -> dict[str, Any]:
+def run_campaign(
+    out: Path, config: CampaignConfig, *, redis_url: str, progress: Progress, refill_replay: bool = False
+) -> dict[str, Any]:
     """Run every stage whose product is not there yet; returns what result.json holds.
 
     Whatever a user can get wrong is looked at first, before the folder is made or anything in it is touched.
+    A Redis that has lost a resumed campaign's sequences is an error unless `refill_replay`.
     """
     folder = CampaignFolder.check(out, dump(config), _resolved)
     if redis_url:
@@ -34,16 +37,22 @@ def run_campaign(out: Path, config: CampaignConfig, *, redis_url: str, progress:
     dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
     folder = CampaignFolder.create(out, dump(config), _resolved)
     with folder.held():
-        return _run(folder, config, dataset, redis_url=redis_url, progress=progress)
+        return _run(folder, config, dataset, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
 
 
 def _run(
-    folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, *, redis_url: str, progress: Progress
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    dataset: Dataset,
+    *,
+    redis_url: str,
+    refill_replay: bool,
+    progress: Progress,
 ) -> dict[str, Any]:
     if not folder.versions_json.is_file():
         write_json(folder.versions_json, versions())
     baseline = prepare(folder, config, dataset, progress)
-    search(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
+    search(folder, config, dataset, baseline, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
     recovery = Recovery(folder, config, dataset.to(default_device()), baseline, progress)
     recovery.run()
     if config.has_limit:

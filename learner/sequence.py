@@ -20,7 +20,7 @@ from agents.network import RecurrentState
 from env.errors import UserError
 from learner.packing import Arrays, Packing
 
-__all__ = ["Batch", "EpisodeTrace", "ForeignSequenceError", "SequenceConfig", "collate", "cut"]
+__all__ = ["Batch", "EpisodeTrace", "ForeignSequenceError", "SequenceConfig", "collate", "cut", "starts"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +62,13 @@ class EpisodeTrace:
 
 def cut(trace: EpisodeTrace, config: SequenceConfig, packing: Packing) -> list[Arrays]:
     """Cut an episode into sequences that between them learn from every step."""
-    starts = range(0, max(1, len(trace) - config.unroll_length + config.sequence_period), config.sequence_period)
-    return [_sequence(trace, config, packing, start) for start in starts if start < len(trace)]
+    return [_sequence(trace, config, packing, start) for start in starts(len(trace), config)]
+
+
+def starts(steps: int, config: SequenceConfig) -> list[int]:
+    """The steps at which the sequences of an episode of so many steps begin to learn."""
+    last = max(1, steps - config.unroll_length + config.sequence_period)
+    return [start for start in range(0, last, config.sequence_period) if start < steps]
 
 
 def _sequence(trace: EpisodeTrace, config: SequenceConfig, packing: Packing, start: int) -> Arrays:

