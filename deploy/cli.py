@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -38,8 +38,15 @@ _FIRST_GUESSES = (0.5, 0.75, 0.9, 0.95)  # of `prune --max-drop`
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The campaign; left out, a demonstration on digits.")
 ]
-FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")]
-OutOption = Annotated[Path, typer.Option("--out", help="The campaign's folder; the same campaign there is resumed.")]
+FolderArgument = Annotated[str, typer.Argument(metavar="DIR", help="A campaign's folder, or its URI.")]
+OutOption = Annotated[
+    str,
+    typer.Option(
+        "--out",
+        metavar="DIR",
+        help="The campaign's folder, or a URI to keep it at (s3://BUCKET/NAME); the same campaign there is resumed.",
+    ),
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change one value of the configuration.")
 ]
@@ -110,7 +117,8 @@ def run(
         extra.append('search.controls=["random", "taylor", "cem", "untrained"]')
     if ray_address:
         extra.append(f"cluster.ray_address={json.dumps(ray_address)}")
-    _campaign(out, load(config or _default_config(data), [*extra, *(overrides or [])]), redis)
+    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    _campaign(out, lambda _: asked, redis)
 
 
 @app.command()
@@ -155,7 +163,8 @@ def prune(
         f"episode.waypoints={max(steps, len(targets))}",
         f"max_drop={-1.0 if max_drop is None else max_drop}",
     ]
-    _campaign(out, load(config or _default_config(data), [*extra, *(overrides or [])]), "")
+    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    _campaign(out, lambda _: asked, "")
 
 
 def _what(model: str, weights: Path | None, data: str) -> list[str]:
@@ -193,8 +202,10 @@ def resume(
     """Go on with a campaign after anything at all has died; of a finished one only exports and report are made anew."""
     from deploy.config import load
 
-    campaign = CampaignFolder.open(folder)
-    _campaign(folder, load(campaign.campaign_toml), redis, refill_replay=refill_replay)
+    def resumed(path: Path) -> Any:
+        return load(CampaignFolder.open(path).campaign_toml)
+
+    _campaign(folder, resumed, redis, refill_replay=refill_replay)
 
 
 @app.command()
@@ -208,7 +219,7 @@ def status(
     from deploy.status import read_status, render_status
     from deploy.status import watch as watch_status
 
-    campaign = CampaignFolder.open(folder)
+    campaign = _opened(folder)
     total = load(campaign.campaign_toml).search.total
     if as_json:
         typer.echo(json.dumps(read_status(campaign, episodes_total=total)))
@@ -228,7 +239,7 @@ def replay_info(
     """Show a running campaign's replay: size, rates, ages, priorities, who waits for whom."""
     from deploy.replay_info import read_replay_info, render_replay_info, watch_replay_info
 
-    campaign = CampaignFolder.open(folder)
+    campaign = _opened(folder)
     if as_json:
         typer.echo(json.dumps(read_replay_info(campaign, redis)))
     elif watch:
@@ -242,7 +253,7 @@ def report(folder: FolderArgument) -> None:
     """Write report.html and frontier.png anew, also of an unfinished campaign."""
     from deploy.report import write_report
 
-    typer.echo(write_report(CampaignFolder.open(folder)))
+    typer.echo(write_report(_opened(folder)))
 
 
 @app.command()
@@ -264,7 +275,7 @@ def export(
     from deploy.formats import FORMATS
     from deploy.latency import render_table, write_table
 
-    campaign, failures = CampaignFolder.open(folder), list[ZerooutError]()
+    campaign, failures = _opened(folder), list[ZerooutError]()
     formats = [file_format] if file_format else FORMATS
     paths = export_networks(campaign, compression=compression, formats=formats, warn=failures.append)
     for path in paths:
@@ -322,25 +333,40 @@ def doctor(
     raise typer.Exit(code)
 
 
-def _campaign(out: Path, config: Any, redis_url: str, *, refill_replay: bool = False) -> None:
+def _opened(folder: str) -> CampaignFolder:
+    """A campaign's folder, to look at; of one at a URI a copy."""
+    return CampaignFolder.open(_storage().fetched(folder) if "://" in folder else folder)
+
+
+def _storage() -> Any:
+    from deploy import storage  # imports pyarrow, which a folder of this machine needs not
+
+    return storage
+
+
+def _campaign(out: str, config: Callable[[Path], Any], redis_url: str, *, refill_replay: bool = False) -> None:
+    """Run or resume the campaign of --out; `config` is asked for it when its folder is there."""
     from deploy.campaign import run_campaign
     from deploy.progress import make_progress
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     progress = make_progress(console)
     try:
-        with _interruptible():
-            result = run_campaign(out, config, redis_url=redis_url, progress=progress, refill_replay=refill_replay)
+        place = _storage().kept(out) if "://" in out else contextlib.nullcontext(Path(out))
+        with _interruptible(), place as path:
+            result = run_campaign(
+                path, config(path), redis_url=redis_url, progress=progress, refill_replay=refill_replay
+            )
     except KeyboardInterrupt:
         progress.close()
         _leave(_INTERRUPTED, _how_to_go_on(out, redis_url))
     finally:
         progress.close()
-    _print_result(console, CampaignFolder.open(out), result)
+    _print_result(console, CampaignFolder.open(path), result)
 
 
-def _how_to_go_on(out: Path, redis_url: str) -> str:
-    if not CampaignFolder(out).campaign_toml.is_file():
+def _how_to_go_on(out: str, redis_url: str) -> str:
+    if "://" not in out and not CampaignFolder(Path(out)).campaign_toml.is_file():
         return "interrupted before anything was begun"
     same = " with the same --redis" if redis_url else ""
     return f"interrupted; everything is saved. To go on: zeroout resume {out}{same}"
