@@ -179,11 +179,11 @@ class Campaign:
         """What all its drivers have printed."""
         return (self.folder / "log").read_text()
 
-    def run(self) -> None:
+    def run(self, *changes: str) -> None:
         """`zeroout run`, in the background."""
         config = self.folder / "tiny.toml"
         config.write_text(TINY)
-        sets = [f"cluster.ray_address={json.dumps(self.address)}", f"search.episodes={self.episodes}"]
+        sets = [f"cluster.ray_address={json.dumps(self.address)}", f"search.episodes={self.episodes}", *changes]
         self._start("run", config, "--out", self.out, *(word for one in sets for word in ("--set", one)))
 
     def resume(self, *options: str) -> None:

@@ -55,6 +55,7 @@ _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and 
 # A worker that lives this long is well. One that fails sooner, so often in a row, is given up after about 3 minutes.
 _HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
 _STOP_S = 60.0
+_NOBODY_S = 20.0  # until it is said that no player has begun; a process that imports torch needs some of them
 
 
 def search(
@@ -247,6 +248,7 @@ class Watch:
     read: int = 0
     started: float = field(default_factory=time.monotonic)
     workers: dict[str, _Worker] = field(default_factory=dict)
+    somebody_plays: bool = False  # or it was said that nobody does
 
     def __post_init__(self) -> None:
         self.brief, self.ledger = self.services.brief, self.services.ledger
@@ -269,7 +271,7 @@ class Watch:
     def start(self) -> None:
         """Set the workers to work."""
         self.records = self.folder.read_episodes()
-        self.before = len(self.records)
+        self.before, self.beats_before = len(self.records), self._beats()
         self._start_workers()
 
     def look(self) -> SearchSnapshot:
@@ -283,7 +285,9 @@ class Watch:
         if none_left and not self.over:
             raise _lost_state(self.brief.redis_url, len(self.records), self.config.search.total)
         self._revive()
-        beats = {name: json.loads(text) for name, text in self._beats().items()}
+        texts = self._beats()
+        self._say_that_nobody_plays(texts)
+        beats = {name: json.loads(text) for name, text in texts.items()}
         snapshot = self._snapshot(beats)
         self.telemetry.look(snapshot, beats.get("learner", {}))
         return snapshot
@@ -392,6 +396,19 @@ class Watch:
             best=_best(self.records, self.config.episode.targets),
             seconds_elapsed=elapsed,
             seconds_left=left,
+        )
+
+    def _say_that_nobody_plays(self, beats: dict[str, str]) -> None:
+        """Once, where all players still wait for a node that has room for them."""
+        if self.somebody_plays or time.monotonic() - self.started < _NOBODY_S:
+            return
+        self.somebody_plays = True
+        if any(beats.get(name) != self.beats_before.get(name) for name in self.workers if name != "learner"):
+            return
+        cluster, there = self.config.cluster, ray.cluster_resources()
+        self.progress.note(
+            f"no player has begun yet: each asks for {cluster.gpus_per_actor:g} GPUs and {cluster.cpus_per_actor:g} cores, "
+            f"the cluster has {there.get('GPU', 0):g} and {there.get('CPU', 0):g} in all; ray status says who waits"
         )
 
     def _beats(self) -> dict[str, str]:

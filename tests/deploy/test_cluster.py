@@ -62,6 +62,18 @@ def test_a_node_that_joins_later_is_given_a_player(made: Any, tmp_path: Path) ->
         server.kill()
 
 
+def test_players_that_no_node_has_room_for_are_told_of(made: Any, tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    campaign = Campaign(tmp_path, server, made.address, 4)
+    try:
+        campaign.run("cluster.gpus_per_actor=8")
+        expected = "no player has begun yet: each asks for 8 GPUs and 1 cores, the cluster has 2 and 6 in all"
+        wait_until(lambda: expected in campaign.log, "it is said")
+    finally:
+        campaign.end()
+        server.kill()
+
+
 def test_a_redis_that_was_emptied_is_noticed_and_gone_on_with_only_when_asked(made: Any, tmp_path: Path) -> None:
     server = Server(tmp_path)
     campaign = Campaign(tmp_path, server, made.address, 24)

@@ -287,4 +287,4 @@ def test_the_jobs_entrypoint_is_our_command_on_a_campaign_that_the_workers_can_p
     assert config.search.actors * config.cluster.gpus_per_actor <= worker["maxReplicas"] * int(limits["nvidia.com/gpu"])
     assert config.cluster.cpus_per_actor <= int(limits["cpu"])
     (mount,) = worker["template"]["spec"]["containers"][0]["volumeMounts"]
-    assert parameters["out"].is_relative_to(mount["mountPath"])
+    assert Path(parameters["out"]).is_relative_to(mount["mountPath"])
