@@ -405,10 +405,11 @@ class Watch:
         self.somebody_plays = True
         if any(beats.get(name) != self.beats_before.get(name) for name in self.workers if name != "learner"):
             return
-        cluster, there = self.config.cluster, ray.cluster_resources()
+        cluster, there = self.config.cluster, ray.cluster_resources()  # type: ignore[no-untyped-call]
+        asked = f"{cluster.gpus_per_actor:g} GPUs and {cluster.cpus_per_actor:g} cores"
+        found = f"{there.get('GPU', 0):g} and {there.get('CPU', 0):g} in all"
         self.progress.note(
-            f"no player has begun yet: each asks for {cluster.gpus_per_actor:g} GPUs and {cluster.cpus_per_actor:g} cores, "
-            f"the cluster has {there.get('GPU', 0):g} and {there.get('CPU', 0):g} in all; ray status says who waits"
+            f"no player has begun yet: each asks for {asked}, the cluster has {found}; ray status says who waits"
         )
 
     def _beats(self) -> dict[str, str]:
