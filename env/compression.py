@@ -257,7 +257,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state_dict` instead of a `reset`; ValueError where it is none of this environment's."""
+        """Go on from the `state_dict` of an environment made alike instead of a `reset`; ValueError for another's."""
         body, scores = self.recognizer.restored(state), state["scores"]
         shape = (self.plan.units, len(FEATURES)) if self.features else (0,)
         if scores.dtype != torch.float32 or scores.shape != shape:
