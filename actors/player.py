@@ -33,6 +33,7 @@ from actors.metrics import (
     PLAYER_WEIGHTS_AGE,
     Metrics,
 )
+from actors.play import Course
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, StepReport, Underway, rollout
 from actors.schedule import EpisodeOrder, ScheduleConfig, order
@@ -262,6 +263,7 @@ class Player:
             policy = self._policy(chosen, kept.offsets, controller)
             policy.load_state_dict(kept.policy)
             self.env.load_state_dict(kept.env)
+            _require_whole(kept.underway.course, self.env, policy)
         except Exception as error:  # what somebody forged may break anything, and must not end every actor in turn
             _log.warning("episode %d: its snapshot is refused, it begins anew: %s", chosen.episode, _said(error))
             self.metrics.add(PLAYER_REFUSED_SNAPSHOTS)
@@ -371,6 +373,21 @@ class _Episode:
     steps_again: int
     since: float  # on this process's clock, as if it had played all of it
     underway: Underway | None = None  # what was there already
+
+
+def _require_whole(course: Course, env: CompressionEnv, policy: Policy) -> None:
+    """ValueError for a course that cannot have led to where `env` and `policy` stand."""
+    steps, memory = len(course), policy.recurrent_state
+    lengths = (len(course.observations) - 1, len(course.rewards), len(course.states), env.state_dict()["step"])
+    shape = None if memory is None else (2, memory[0].shape[-1])
+    if steps < 1 or lengths != (steps,) * 4:
+        raise ValueError(f"course: expected {steps} steps, and at least 1, got {lengths}")
+    if not (
+        all(map(env.observation_space.contains, course.observations))
+        and all(map(env.action_space.contains, course.actions))
+        and all(state.dtype == np.dtype(np.float32) and state.shape == shape for state in course.states)
+    ):
+        raise ValueError("course: expected observations, actions and states of this environment, got others")
 
 
 def _said(error: Exception) -> str:

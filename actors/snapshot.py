@@ -117,13 +117,13 @@ def _underway(tree: Mapping[str, Any], recognizer: Recognizer) -> Underway:
         actions=tree["actions"].numpy(),
         rewards=tree["rewards"].numpy(),
         states=tree["states"].numpy(),
-        terminated=tree["terminated"],
+        terminated=bool(tree["terminated"]),
     )
     return Underway(
-        course=Course.of(trace, truncated=tree["truncated"]),
+        course=Course.of(trace, truncated=bool(tree["truncated"])),
         reached=[_target(point, recognizer) for point in tree["reached"]],
-        seconds=tree["seconds"],
-        collapsed=tree["collapsed"],
+        seconds={phase: float(spent) for phase, spent in tree["seconds"].items()},
+        collapsed=bool(tree["collapsed"]),
     )
 
 
@@ -139,8 +139,15 @@ def _tree_of_target(point: TargetReached, recognizer: Recognizer) -> dict[str, A
 
 
 def _target(tree: Mapping[str, Any], recognizer: Recognizer) -> TargetReached:
-    made = {"metrics": Metrics(**tree["metrics"]), "body": recognizer.restored(tree["body"])}
-    return TargetReached(**{**tree, **made})
+    measured = tree["metrics"]
+    return TargetReached(
+        target=float(tree["target"]),
+        compression=float(tree["compression"]),
+        parameters=int(tree["parameters"]),
+        macs=int(tree["macs"]),
+        metrics=Metrics(accuracy=float(measured["accuracy"]), cross_entropy=float(measured["cross_entropy"])),
+        body=recognizer.restored(tree["body"]),
+    )
 
 
 def _without_tensors(value: Any, tensors: dict[str, Tensor]) -> Any:

@@ -33,6 +33,7 @@ from actors.metrics import (
 from actors.player import Brief, Player
 from actors.rollout import Rollout, rollout
 from actors.schedule import order
+from actors.snapshot import Snapshot, snapshot_from_bytes, snapshot_to_bytes
 from agents.cross_entropy import generation_size, next_offsets
 from env.compact_file import network_from_bytes
 from env.data import Dataset
@@ -480,10 +481,42 @@ def test_with_period_0_there_are_no_snapshots(brief: Brief, dataset: Dataset, le
     assert played(player)["steps_again"] == 0
 
 
-def forged(data: bytes, brief: Brief) -> bytes:
+def fingerprint(player: Player) -> str:
+    return player.brief.fingerprint(order(player.brief.schedule, 0, seed=player.brief.seed))
+
+
+def empty(data: bytes, player: Player) -> bytes:
     """What says that it is the snapshot of episode 0, and is sealed, but holds nothing."""
-    text = json.dumps({"format": 1, "fingerprint": brief.fingerprint(order(brief.schedule, 0, seed=brief.seed))})
+    text = json.dumps({"format": 1, "fingerprint": fingerprint(player)})
     return seal(b"ZOSN", len(text), text.encode() + save_tensors({}))
+
+
+def forged(
+    spoil: Callable[[Snapshot], None],
+) -> Callable[[bytes, Player], bytes]:
+    """A snapshot of episode 0 in which one thing was changed, sealed again."""
+
+    def change(data: bytes, player: Player) -> bytes:
+        known = {"fingerprint": fingerprint(player), "recognizer": player.env.recognizer}
+        snapshot = snapshot_from_bytes(data, **known)
+        spoil(snapshot)
+        return snapshot_to_bytes(snapshot, **known)
+
+    return change
+
+
+def lose_a_step(snapshot: Snapshot) -> None:
+    course = snapshot.underway.course
+    for entries in (course.observations, course.actions, course.rewards, course.states):
+        del entries[-1]
+
+
+def widen_the_actions(snapshot: Snapshot) -> None:
+    snapshot.underway.course.actions[:] = [np.append(one, np.int8(0)) for one in snapshot.underway.course.actions]
+
+
+def lose_a_weight(snapshot: Snapshot) -> None:
+    dict.popitem(snapshot.weights)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -491,7 +524,10 @@ def forged(data: bytes, brief: Brief) -> bytes:
     [
         (lambda data, _: b"garbage", "payload: expected a header"),
         (lambda data, _: data[:-1] + bytes([data[-1] ^ 1]), "payload's crc32"),
-        (forged, "KeyError"),
+        (empty, "KeyError"),
+        (forged(lose_a_step), "ValueError: course: expected 2 steps"),
+        (forged(widen_the_actions), "ValueError: course: expected observations, actions"),
+        (forged(lose_a_weight), "RuntimeError: Error(s) in loading state_dict"),
     ],
 )
 def test_a_snapshot_that_is_none_is_named_and_counted_and_the_episode_begins_anew(
@@ -501,7 +537,7 @@ def test_a_snapshot_that_is_none_is_named_and_counted_and_the_episode_begins_ane
     client: redis.Redis,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    change: Callable[[bytes, Brief], bytes],
+    change: Callable[[bytes, Player], bytes],
     told_as: str,
 ) -> None:
     brief, told = longer(brief), Told()
@@ -509,7 +545,7 @@ def test_a_snapshot_that_is_none_is_named_and_counted_and_the_episode_begins_ane
     killed_after(player, 3, monkeypatch, saved=True)
     data = ledger.snapshot(0)
     assert data is not None
-    client.hset(f"{{{brief.prefix}}}:ledger:snapshots", "0", change(data, brief))
+    client.hset(f"{{{brief.prefix}}}:ledger:snapshots", "0", change(data, player))
     record = played(player)
     assert (record["steps"], record["steps_again"], told[PLAYER_REFUSED_SNAPSHOTS]) == (STEPS, 3, 1)
     assert "episode 0: its snapshot is refused, it begins anew: " + told_as in caplog.text
