@@ -172,6 +172,6 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_with_tensors(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    if set(value) == {_PLACE}:
+    if set(value) == {_PLACE} and isinstance(value[_PLACE], str):  # a tensor of a network may have that name too
         return tensors[value[_PLACE]].clone()  # to where torch aligns it: products may differ in their last bit
     return {key: _with_tensors(item, tensors) for key, item in value.items()}

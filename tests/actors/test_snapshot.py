@@ -9,7 +9,8 @@ from safetensors.torch import save as save_tensors
 
 from actors.player import Brief, Player
 from actors.rollout import StepReport, Underway, rollout
-from actors.snapshot import _MAGIC, Snapshot, snapshot_from_bytes, snapshot_to_bytes
+from actors.schedule import order
+from actors.snapshot import _MAGIC, Snapshot, _with_tensors, _without_tensors, snapshot_from_bytes, snapshot_to_bytes
 from agents.policies import heuristic
 from env.data import Dataset
 from learner.replay.codec import PayloadError, seal
@@ -85,6 +86,15 @@ def assert_same(one: Underway, other: Underway) -> None:
         assert all(torch.equal(tensors[name], others[name]) for name in tensors | others)
 
 
+def test_a_tensor_that_is_called_as_its_place_is_found_again() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    tree = {"network": {"tensor": torch.tensor([1.0])}, "list": [np.arange(3), None, "text", {"tensor": 7}]}
+    again = _with_tensors(json.loads(json.dumps(_without_tensors(tree, tensors))), tensors)
+    assert again["network"]["tensor"].tolist() == [1.0]
+    assert again["list"][0].tolist() == [0, 1, 2]
+    assert again["list"][1:] == [None, "text", {"tensor": 7}]
+
+
 def test_another_campaign_or_episode_is_refused(player: Player) -> None:
     data = written(made(player, steps=1), player)
     with pytest.raises(PayloadError, match="snapshot's fingerprint: expected another one, got the right one"):
@@ -133,8 +143,6 @@ def test_a_network_that_does_not_fit_its_mask_is_refused(player: Player) -> None
 
 
 def test_the_fingerprint_tells_episodes_campaigns_and_settings_apart(brief: Brief) -> None:
-    from actors.schedule import order
-
     first, second = (order(brief.schedule, episode, seed=brief.seed) for episode in (0, 1))
     others = [
         replace(brief, prefix="another"),
