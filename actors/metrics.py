@@ -26,6 +26,7 @@ __all__ = [
     "PLAYER_COMPRESSION",
     "PLAYER_EPISODES",
     "PLAYER_IMAGES",
+    "PLAYER_REFUSED_SNAPSHOTS",
     "PLAYER_SECONDS",
     "PLAYER_STEPS",
     "PLAYER_WEIGHTS_AGE",
@@ -113,7 +114,12 @@ PLAYER_STEPS = _counter("env_steps", "Steps played: filters zeroed, the network 
 PLAYER_EPISODES = _counter("episodes", "Episodes played and recorded")
 PLAYER_IMAGES = _counter("retrained_images", "Images that networks were retrained on, recoveries included")
 PLAYER_SECONDS = _counter(
-    "phase_seconds", "Wall time by phase: decide, compact, retrain, evaluate, score, recover, insert, wait", "phase"
+    "phase_seconds",
+    "Wall time by phase: decide, compact, retrain, evaluate, score, recover, snapshot, insert, wait",
+    "phase",
+)
+PLAYER_REFUSED_SNAPSHOTS = _counter(
+    "refused_snapshots", "Snapshots that no episode could go on from: the episode began anew"
 )
 PLAYER_COMPRESSION = _gauge("compression_ratio", "Share removed from the network in work")
 PLAYER_ACCURACY = _gauge("accuracy_ratio", "Accuracy of the network in work on a sample of the validation split")

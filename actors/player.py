@@ -1,15 +1,18 @@
 """A player: claims an episode, plays it, hands in what it learned. Ray stands one file further (actors/ray_actors.py).
 
 All that must outlive this process goes to Redis in an order that a kill at any moment leaves right: sequences first
-(idempotent by id), then the episode's record together with its networks, in one step.
+(idempotent by id), then the episode's record together with its networks, in one step. The episode itself goes there
+every few steps as a snapshot (actors/snapshot.py), from which whoever claims it next goes on.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,14 +27,17 @@ from actors.metrics import (
     PLAYER_COMPRESSION,
     PLAYER_EPISODES,
     PLAYER_IMAGES,
+    PLAYER_REFUSED_SNAPSHOTS,
     PLAYER_SECONDS,
     PLAYER_STEPS,
     PLAYER_WEIGHTS_AGE,
     Metrics,
 )
+from actors.play import Course
 from actors.records import candidates, episode_record
-from actors.rollout import Rollout, StepReport, rollout
+from actors.rollout import Rollout, StepReport, Underway, rollout
 from actors.schedule import EpisodeOrder, ScheduleConfig, order
+from actors.snapshot import Snapshot, snapshot_from_bytes, snapshot_to_bytes
 from agents.controller import Controller, ControllerConfig
 from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, Policy, Shadowed
@@ -39,6 +45,7 @@ from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes
 from env.compression import CompressionEnv, EpisodeConfig
 from env.data import DataConfig, Dataset
+from env.errors import first_line
 from env.importance import FEATURES
 from env.measure import Measure
 from env.recognizer import Recognizer
@@ -100,6 +107,13 @@ class Brief:
         """The Controller before any learning."""
         start = self.controller_start
         return fresh_controller(self.controller, plan, self.measure.name, start=start, seed=self.seed)
+
+    def fingerprint(self, chosen: EpisodeOrder) -> str:
+        """Names an episode by all that decides how it goes, but for what is learned meanwhile: 64 hex digits."""
+        facts = (self.prefix, self.form, self.measure, self.data, self.episode, self.controller, self.seed, chosen)
+        content = hashlib.sha256(repr(facts).encode())
+        content.update(hashlib.sha256(self.baseline).digest() + hashlib.sha256(self.controller_start).digest())
+        return content.hexdigest()
 
     def network(self) -> torch.nn.Module:
         """The baseline, on the CPU."""
@@ -174,32 +188,29 @@ class Player:
         if claimed is None:
             return None
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
-        self._pull_weights()
-        since = time.perf_counter()
-        offsets = next_candidate(
-            chosen,
-            lambda: map(json.loads, ledger.records(0)),
-            len(self.plan.layers),
-            episodes=self.brief.schedule.per_group,
-        )
+        fingerprint = self.brief.fingerprint(chosen)
+        episode = self._taken_up(chosen, fingerprint) or self._begun(chosen, fingerprint)
         played = rollout(
             self.env,
-            self._policy(chosen, offsets),
+            episode.policy,
             self.ladder,
             seed=chosen.retraining_seed,
-            on_step=lambda report: self._on_step(claimed, report),
+            on_step=partial(self._on_step, episode),
+            begun=episode.underway,
         )
         if chosen.group == "search":
             inserting_since = time.perf_counter()
-            self.services.replay.insert(self._items(claimed, played))
+            self.services.replay.insert(self._items(episode, played))
             self.metrics.add(PLAYER_SECONDS, time.perf_counter() - inserting_since, phase="insert")
         record = episode_record(
             chosen,
             played,
             actor=self.name,
-            seconds=time.perf_counter() - since,
-            weights_version=self._version if chosen.policy == "controller" else 0,
-            offsets=offsets,
+            seconds=time.perf_counter() - episode.since,
+            weights_version=episode.weights_version if chosen.policy == "controller" else 0,
+            offsets=episode.offsets,
+            begun_by=episode.begun_by,
+            steps_again=episode.steps_again,
         )
         if ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form))):
             self.metrics.add(PLAYER_EPISODES)
@@ -217,6 +228,66 @@ class Player:
             if owner == self.name:
                 self.services.ledger.release(episode, owner)
 
+    def _begun(self, chosen: EpisodeOrder, fingerprint: str) -> "_Episode":
+        """The episode from its start, with the newest weights."""
+        self._pull_weights()
+        since = time.perf_counter()
+        offsets = next_candidate(
+            chosen,
+            lambda: map(json.loads, self.services.ledger.records(0)),
+            len(self.plan.layers),
+            episodes=self.brief.schedule.per_group,
+        )
+        return _Episode(
+            chosen=chosen,
+            fingerprint=fingerprint,
+            policy=self._policy(chosen, offsets, self._controller),
+            controller=self._controller,
+            weights_version=self._version,
+            offsets=offsets,
+            begun_by=self.name,
+            steps_again=self._steps_beyond(chosen.episode, 0),
+            since=since,
+        )
+
+    def _taken_up(self, chosen: EpisodeOrder, fingerprint: str) -> "_Episode | None":
+        """The episode from its snapshot on, with the weights that it began with; None where there is none to trust."""
+        since = time.perf_counter()
+        data = self.services.ledger.snapshot(chosen.episode)
+        if data is None:
+            return None
+        controller = copy.deepcopy(self._fresh)
+        try:
+            kept = snapshot_from_bytes(data, fingerprint=fingerprint, recognizer=self.env.recognizer)
+            controller.load_state_dict(kept.weights)
+            policy = self._policy(chosen, kept.offsets, controller)
+            policy.load_state_dict(kept.policy)
+            self.env.load_state_dict(kept.env)
+            _require_whole(kept.underway.course, self.env, policy)
+        except Exception as error:  # what somebody forged may break anything, and must not end every actor in turn
+            _log.warning("episode %d: its snapshot is refused, it begins anew: %s", chosen.episode, _said(error))
+            self.metrics.add(PLAYER_REFUSED_SNAPSHOTS)
+            return None
+        step = len(kept.underway.course)
+        _log.info("episode %d: goes on after step %d; %s began it", chosen.episode, step, kept.begun_by)
+        return _Episode(
+            chosen=chosen,
+            fingerprint=fingerprint,
+            policy=policy,
+            controller=controller,
+            weights_version=kept.weights_version,
+            offsets=kept.offsets,
+            begun_by=kept.begun_by,
+            steps_again=kept.steps_again + self._steps_beyond(chosen.episode, step),
+            since=since - kept.seconds,
+            underway=kept.underway,
+        )
+
+    def _steps_beyond(self, episode: int, step: int) -> int:
+        """Steps after `step` that players who are gone had played of the episode, as their last beats tell."""
+        beats = map(json.loads, self.services.ledger.beats().values())
+        return sum(max(0, beat["step"] - step) for beat in beats if beat.get("episode") == episode)
+
     def _pull_weights(self) -> None:
         try:
             newer = self.services.weights.pull(self._version)
@@ -232,15 +303,16 @@ class Player:
         self._version = newer[0]
         self._controller.load_state_dict(state)
 
-    def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None) -> Policy:
-        network = self._fresh if chosen.policy == "controller-untrained" else self._controller
+    def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None, controller: Controller) -> Policy:
+        network = self._fresh if chosen.policy == "controller-untrained" else controller
         policy = decider(chosen, self.plan, self.brief.measure.name, controller=network, offsets=offsets)
-        return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, self._controller)
+        return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, controller)
 
-    def _on_step(self, episode: int, now: StepReport) -> None:
-        self.services.ledger.renew(episode, self.name, self.brief.lease_s)
-        state = {"episode": episode, "step": now.step, "compression": now.compression, "accuracy": now.accuracy}
-        self.services.ledger.beat(self.name, json.dumps(state))
+    def _on_step(self, episode: "_Episode", now: StepReport) -> None:
+        number, ledger = episode.chosen.episode, self.services.ledger
+        ledger.renew(number, self.name, self.brief.lease_s)
+        state = {"episode": number, "step": now.step, "compression": now.compression, "accuracy": now.accuracy}
+        ledger.beat(self.name, json.dumps(state))
         self.metrics.add(PLAYER_STEPS)
         self.metrics.add(PLAYER_IMAGES, self.brief.episode.retrained_images(now.reached))
         for phase, spent in now.seconds.items():
@@ -249,14 +321,77 @@ class Player:
         self.metrics.set(PLAYER_ACCURACY, now.accuracy)
         newest = self.services.weights.version()
         if newest is not None:
-            self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - self._version))
+            self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - episode.weights_version))
+        period = self.brief.schedule.snapshot_period
+        if period and (now.step % period == 0 or now.reached):
+            self._save(episode, now.underway)
 
-    def _items(self, episode: int, played: Rollout) -> Iterator[Item]:
+    def _save(self, episode: "_Episode", underway: Underway) -> None:
+        since = time.perf_counter()
+        snapshot = Snapshot(
+            begun_by=episode.begun_by,
+            steps_again=episode.steps_again,
+            seconds=since - episode.since,
+            weights_version=episode.weights_version,
+            weights=episode.controller.state_dict(),
+            offsets=episode.offsets,
+            policy=episode.policy.state_dict(),
+            env=self.env.state_dict(),
+            underway=underway,
+        )
+        data = snapshot_to_bytes(snapshot, fingerprint=episode.fingerprint, recognizer=self.env.recognizer)
+        number = episode.chosen.episode
+        if not self.services.ledger.save(number, self.name, data):
+            _log.warning(
+                "episode %d: a snapshot of %d bytes is not kept: too large, Redis is full, or another plays it by now",
+                number,
+                len(data),
+            )
+        self.metrics.add(PLAYER_SECONDS, time.perf_counter() - since, phase="snapshot")
+
+    def _items(self, episode: "_Episode", played: Rollout) -> Iterator[Item]:
         brief, packing = self.brief, self.brief.packing(self.plan)
         sequences = cut(played.trace, brief.sequences, packing)
-        priorities = first_priorities(self._controller, self.ladder, sequences, brief.learner, brief.sequences, packing)
+        priorities = first_priorities(
+            episode.controller, self.ladder, sequences, brief.learner, brief.sequences, packing
+        )
         for number, (sequence, priority) in enumerate(zip(sequences, priorities.tolist(), strict=True)):
-            yield Item(sequence_id=f"{episode}.{number}", payload=encode(sequence), priority=priority)
+            yield Item(sequence_id=f"{episode.chosen.episode}.{number}", payload=encode(sequence), priority=priority)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Episode:
+    """An episode in this player's hands, begun by it or taken up."""
+
+    chosen: EpisodeOrder
+    fingerprint: str
+    policy: Policy
+    controller: Controller  # plays or watches, and gives sequences their first priorities; not changed
+    weights_version: int
+    offsets: np.ndarray | None
+    begun_by: str
+    steps_again: int
+    since: float  # on this process's clock, as if it had played all of it
+    underway: Underway | None = None  # what was there already
+
+
+def _require_whole(course: Course, env: CompressionEnv, policy: Policy) -> None:
+    """ValueError for a course that cannot have led to where `env` and `policy` stand."""
+    steps, memory = len(course), policy.recurrent_state
+    lengths = (len(course.observations) - 1, len(course.rewards), len(course.states), env.state_dict()["step"])
+    shape = None if memory is None else (2, memory[0].shape[-1])
+    if steps < 1 or lengths != (steps,) * 4:
+        raise ValueError(f"course: expected {steps} steps, and at least 1, got {lengths}")
+    if not (
+        all(map(env.observation_space.contains, course.observations))
+        and all(map(env.action_space.contains, course.actions))
+        and all(state.dtype == np.dtype(np.float32) and state.shape == shape for state in course.states)
+    ):
+        raise ValueError("course: expected observations, actions and states of this environment, got others")
+
+
+def _said(error: Exception) -> str:
+    return str(error) if isinstance(error, PayloadError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def _shapes(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Size]:

@@ -42,17 +42,33 @@ def episode_record(
     seconds: float,
     weights_version: int = 0,
     offsets: np.ndarray | None = None,
+    begun_by: str = "",
+    steps_again: int = 0,
 ) -> dict[str, Any]:
-    """The episode's line in episodes.jsonl; `offsets`, where the cross-entropy method played it, are what it tried."""
+    """The episode's line in episodes.jsonl.
+
+    Args:
+        chosen: who played, and with which random numbers.
+        played: what came of it.
+        actor: who finished it.
+        seconds: wall time.
+        weights_version: of the Controller that decided; else 0.
+        offsets: what the cross-entropy method tried, where it played.
+        begun_by: who played the first step, where `actor` only went on.
+        steps_again: steps that were played again because who played them first died.
+
+    """
     return {
         "id": chosen.episode,
         "group": chosen.group,
         "actor": actor,
+        "begun_by": begun_by or actor,
         "policy": chosen.policy,
         "epsilon": chosen.epsilon,
         "sigma": chosen.sigma,
         "seed": chosen.seed,
         "steps": len(played.trace),
+        "steps_again": steps_again,
         "collapsed": played.collapsed,
         "seconds": round(seconds, 3),
         "phases": {phase: round(spent, 3) for phase, spent in played.seconds.items()},

@@ -35,10 +35,13 @@ class ScheduleConfig:
     controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
     epsilon_base: float = 0.4  # R2D2's ladder: base ** (1 + alpha i / (actors - 1))
     epsilon_alpha: float = 7.0
+    # Steps between two snapshots of an episode in flight, from which another actor goes on where its own dies; each
+    # target reached makes one too, for the recovery there is dear. 0 = never. A rule alone makes none.
+    snapshot_period: int = 4
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
-        for name, floor in {"episodes": 0, "actors": 1}.items():
+        for name, floor in {"episodes": 0, "actors": 1, "snapshot_period": 0}.items():
             if getattr(self, name) < floor:
                 raise UserError(
                     f"search.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"

@@ -35,14 +35,29 @@ class Policy(Protocol):
     def recurrent_state(self) -> RecurrentState | None:
         """The state that the next `rank` starts from, [1, H] each, or None where there is no memory."""
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What changes while it plays, on the CPU; the rest is made again from what it was made from."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from a `state_dict` of one made alike; ValueError for anything else."""
+
 
 class _Memoryless:
-    """A policy that is a function of the observation alone."""
+    """A policy that is a function of the observation, and of what it draws."""
 
     recurrent_state = None
 
-    def __init__(self, rank: Callable[[Observation], Tensor]) -> None:
-        self.rank = rank
+    def __init__(self, rank: Callable[[Observation], Tensor], generator: torch.Generator) -> None:
+        self.rank, self._random = rank, generator
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The generator's state."""
+        return {"random": self._random.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `Policy`."""
+        _require_alike(state, self.state_dict())
+        self._random.set_state(state["random"])
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,8 @@ def heuristic(name: str, plan: ChannelPlan, *, seed: int, measure: str = "parame
 
     `seed` matters to the random ones alone, `measure` (one of `env.channels.MEASURES`) to what weighs costs.
     """
-    return _Memoryless(HEURISTICS[name](_Given(plan, torch.Generator().manual_seed(seed), measure)))
+    generator = torch.Generator().manual_seed(seed)
+    return _Memoryless(HEURISTICS[name](_Given(plan, generator, measure)), generator)
 
 
 def _column(name: str) -> Callable[[Observation], Tensor]:
@@ -131,6 +147,14 @@ class LayerOffsets:
         """A layer with a higher offset keeps more."""
         return _column("log_taylor")(observation) - self._offset
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Nothing changes."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `Policy`."""
+        _require_alike(state, {})
+
 
 class ControllerPolicy:
     """Plays a Controller for one episode.
@@ -155,6 +179,18 @@ class ControllerPolicy:
     def recurrent_state(self) -> RecurrentState:
         """The state before the next step, float32 [1, H] each."""
         return self._state
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Recurrent state, this episode's offsets, the generator's state; not the Controller's weights."""
+        h, c = (part.cpu() for part in self._state)
+        return {"h": h, "c": c, "offsets": self._offsets, "random": self._random.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `Policy`."""
+        _require_alike(state, self.state_dict())
+        device = self._state[0].device
+        self._random.set_state(state["random"])
+        self._state, self._offsets = (state["h"].to(device), state["c"].to(device)), state["offsets"]
 
     @torch.inference_mode()
     def rank(self, observation: Observation) -> Tensor:
@@ -212,12 +248,23 @@ class Shadowed:
         self._shadow.rank(observation)
         return self._policy.rank(observation)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """Those of both, each name behind whose it is."""
+        both = {"policy": self._policy, "shadow": self._shadow}
+        return {f"{whose}.{name}": value for whose, one in both.items() for name, value in one.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """See `Policy`."""
+        _require_alike(state, self.state_dict())
+        for whose, one in {"policy.": self._policy, "shadow.": self._shadow}.items():
+            one.load_state_dict({name.removeprefix(whose): state[name] for name in state if name.startswith(whose)})
+
 
 class Climber:
-    """Takes an episode up the ladder: a policy's ranking, cut at each waypoint."""
+    """Takes an episode up the ladder, from `step` on: a policy's ranking, cut at each waypoint."""
 
-    def __init__(self, policy: Policy, ladder: Ladder) -> None:
-        self._policy, self._ladder, self._step = policy, ladder, 0
+    def __init__(self, policy: Policy, ladder: Ladder, *, step: int = 0) -> None:
+        self._policy, self._ladder, self._step = policy, ladder, step
 
     @property
     def recurrent_state(self) -> RecurrentState | None:
@@ -245,3 +292,12 @@ def observe(observation: Observation) -> Observations:
         keep_mask=keep_mask[None, None],
         features=torch.as_tensor(features)[None, None],
     )
+
+
+def _require_alike(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """ValueError unless `state` has the names, shapes and dtypes of `own`."""
+    expected, got = (
+        {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in part.items()} for part in (own, state)
+    )
+    if got != expected:
+        raise ValueError(f"a policy's state: expected {expected}, got {got}")

@@ -213,7 +213,7 @@ def rllib_worker() -> None:
             return self.seen(), 0.0, self.steps >= 120, False, {}
 
     torch.set_num_threads(1)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     model = DefaultModelConfig(
         use_lstm=True, lstm_cell_size=HIDDEN, max_seq_len=80, fcnet_hiddens=[HIDDEN], head_fcnet_hiddens=[HIDDEN]
     )

@@ -210,6 +210,7 @@ class Bench:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         parts = asdict(self.cell.config(seed, method, None))
         parts["data"]["path"] = ""
+        del parts["search"]["snapshot_period"]  # an episode is the same with and without
         if parts["controller"]["weights"]:
             parts["controller"]["weights"] = hashlib.sha256(TAUGHT.read_bytes()).hexdigest()
         ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])

@@ -197,11 +197,11 @@ def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> Non
 
 @contextlib.contextmanager
 def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
-    """A connection to Ray, or a local Ray with room for every player."""
+    """A connection to Ray, or a local Ray of our own (whatever else runs on this host) with room for every player."""
     local = not config.cluster.ray_address
     needed = max(os.cpu_count() or 1, round(config.search.actors * config.cluster.cpus_per_actor))
     options: dict[str, Any] = (
-        {"num_cpus": needed, "include_dashboard": config.cluster.dashboard}
+        {"address": "local", "num_cpus": needed, "include_dashboard": config.cluster.dashboard}
         if local
         else {"address": config.cluster.ray_address}
     )

@@ -13,6 +13,7 @@ two episodes differ by their masks and by nothing else.
 import functools
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -241,6 +242,30 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             self._start = accuracy, self._scores()
         self._accuracy, self._filter_scores = self._start
         return self._observation(), {"step": 0, "reached": []}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the rest of an episode depends on beside the configuration: numbers, and tensors (not copies).
+
+        Minibatches and augmentation need no generator's state: they follow from the seed and the step.
+        """
+        return {
+            "seed": self.seed,
+            "step": self._step,
+            "accuracy": self._accuracy,
+            "scores": self._filter_scores,
+            **self.recognizer.state_of(self._body),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from the `state_dict` of an environment made alike instead of a `reset`; ValueError for another's."""
+        body, scores = self.recognizer.restored(state), state["scores"]
+        shape = (self.plan.units, len(FEATURES)) if self.features else (0,)
+        if scores.dtype != torch.float32 or scores.shape != shape:
+            raise ValueError(f"scores: expected float32 {list(shape)}, got {scores.dtype} {list(scores.shape)}")
+        seed, step, accuracy = int(state["seed"]), int(state["step"]), float(state["accuracy"])
+        if seed != self.seed:
+            self.seed, self._start = seed, None
+        self._body, self._step, self._accuracy, self._filter_scores = body, step, accuracy, scores
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Zero the filters of `action` (int [F]), retrain, measure."""

@@ -5,8 +5,9 @@ changes stands in `Body`, a small value that is replaced, never mutated.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,26 @@ class Recognizer:
         """Remove the filters outside `keep_mask` (bool [F], within body's) for good."""
         return Body(self.plan.compact(body.network, keep_mask, have=body.keep_mask), keep_mask)
 
+    def state_of(self, body: Body) -> dict[str, Any]:
+        """What `restored` makes an equal body of: its mask, and its network's tensors (the network's own) by name."""
+        return {"keep_mask": body.keep_mask, "network": _tensors(body.network)}
+
+    def restored(self, state: Mapping[str, Any]) -> Body:
+        """A body from its `state_of`; ValueError for tensors that are not those of the network under that mask."""
+        keep_mask = state["keep_mask"]
+        if keep_mask.dtype != torch.bool or keep_mask.shape != (self.plan.units,):
+            raise ValueError(f"keep_mask: expected bool [{self.plan.units}], got {_kind(keep_mask)}")
+        body = self.zero(self.full(), keep_mask)
+        own, given = _tensors(body.network), state["network"]
+        if own.keys() != given.keys():
+            strange = sorted(own.keys() ^ given.keys())
+            raise ValueError(f"network: expected {len(own)} tensors by name, got {len(given)}; differs in {strange[0]}")
+        for name, tensor in own.items():
+            if _kind(tensor) != _kind(given[name]):
+                raise ValueError(f"network's {name}: expected {_kind(tensor)}, got {_kind(given[name])}")
+            tensor.copy_(given[name])
+        return body
+
     def compression(self, keep_mask: Tensor) -> float:
         """The share that `keep_mask` (bool [F]) removes of the network as given, in the measure."""
         return float(self.measure.compression(self.plan, self.plan.kept_per_layer(keep_mask)))
@@ -126,3 +147,12 @@ class Recognizer:
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
         for part in torch.split(chosen.to(self.device), batch_size):
             yield normalise(train.images[part], self.dataset.mean, self.dataset.std), train.labels[part]
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, one that is shared once; without gradients."""
+    return {name: part.detach() for name, part in (*network.named_parameters(), *network.named_buffers())}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

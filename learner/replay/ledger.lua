@@ -1,6 +1,7 @@
--- What the ledger's scripts share; joined in front of each of them. KEYS 1 to 10 are, everywhere:
+-- What the ledger's scripts share; joined in front of each of them. KEYS 1 to 11 are, everywhere:
 local META, PENDING, LEASES, OWNERS, CLAIMS = KEYS[1], KEYS[2], KEYS[3], KEYS[4], KEYS[5]
 local DONE, RECORDS, SCORES, PAYLOADS, METAS = KEYS[6], KEYS[7], KEYS[8], KEYS[9], KEYS[10]
+local SNAPSHOTS = KEYS[11]
 
 -- Milliseconds by the server's clock: the only one that all owners share.
 local function now_ms()
@@ -21,6 +22,7 @@ local function record_once(id, record, token)
     return first
   end
   forget_lease(id)
+  redis.call('HDEL', SNAPSHOTS, id)
   redis.call('ZREM', PENDING, id)
   redis.call('HSET', DONE, id, token)
   redis.call('RPUSH', RECORDS, record)

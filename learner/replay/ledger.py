@@ -4,8 +4,11 @@ An episode is pending, leased to an owner, or done. `claim` leases the lowest on
 renewed runs out by the server's clock, and the episode is free again. The first completion counts, from anybody;
 the record and the candidates for the best masks enter in one script, so there is never one without the other.
 
-Called by the actors (`claim`, `renew`, `complete`, `beat`) and the campaign (`open`, `records`, `restore`,
-`request_stop`). Every call may be repeated after a lost reply, and `complete` also works on a full server.
+Beside a lease lies the newest snapshot of its episode, opaque here, from which the next owner goes on. There is at most
+one an episode in flight, none above `MAX_SNAPSHOT_BYTES`, and the script that records the episode deletes it.
+
+Called by the actors (`claim`, `renew`, `save`, `snapshot`, `complete`, `beat`) and the campaign (`open`, `records`,
+`restore`, `request_stop`). Every call may be repeated after a lost reply, and `complete` also works on a full server.
 """
 
 import json
@@ -20,13 +23,15 @@ import redis
 from env.errors import UserError
 from learner.replay.connection import namespace, script
 
-__all__ = ["Candidate", "Ledger"]
+__all__ = ["MAX_SNAPSHOT_BYTES", "Candidate", "Ledger"]
 
-_SCRIPTS = ("open", "claim", "renew", "release", "complete", "restore", "best", "remaining")
+MAX_SNAPSHOT_BYTES = 256 << 20
+
+_SCRIPTS = ("open", "claim", "renew", "save", "release", "complete", "restore", "best", "remaining")
 # In the order in which ledger.lua names them.
 _KEYS = (
     "meta", "pending", "leases", "owners", "claims", "done", "records",
-    "best_score", "best_payload", "best_meta",
+    "best_score", "best_payload", "best_meta", "snapshots",
 )  # fmt: skip
 _RESTORE_AT_ONCE = 500
 
@@ -84,8 +89,21 @@ class Ledger:
         """Extend the lease to `lease_s` seconds from now; False when the episode is no longer the owner's."""
         return bool(self._run("renew", episode, owner, _ms(lease_s)))
 
+    def save(self, episode: int, owner: str, snapshot: bytes) -> bool:
+        """Keep `snapshot` in place of the episode's earlier one.
+
+        False, and the earlier one stays, where the episode is no longer the owner's, the server is full, or the
+        snapshot is above `MAX_SNAPSHOT_BYTES`.
+        """
+        return len(snapshot) <= MAX_SNAPSHOT_BYTES and bool(self._run("save", episode, owner, snapshot))
+
+    def snapshot(self, episode: int) -> bytes | None:
+        """Return the newest snapshot of an episode that nobody has recorded, or None."""
+        found: Any = self._client.hget(self._keys[10], str(episode))
+        return None if found is None else bytes(found)
+
     def release(self, episode: int, owner: str) -> bool:
-        """Give the episode back unplayed; False when it is no longer the owner's."""
+        """Give the episode back, its snapshot with it; False when it is no longer the owner's."""
         return bool(self._run("release", episode, owner))
 
     def complete(self, episode: int, record: str, candidates: Sequence[Candidate] = ()) -> bool:

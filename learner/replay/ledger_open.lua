@@ -7,6 +7,11 @@ end
 local known, wanted = tonumber(redis.call('HGET', META, 'episodes') or '0'), tonumber(ARGV[2])
 -- Fewer than before: what nobody plays yet is withdrawn; what is being played may still be completed.
 redis.call('ZREMRANGEBYSCORE', PENDING, wanted, '+inf')
+for _, id in ipairs(redis.call('HKEYS', SNAPSHOTS)) do
+  if not (tonumber(id) and tonumber(id) < wanted) and not redis.call('ZSCORE', LEASES, id) then
+    redis.call('HDEL', SNAPSHOTS, id)
+  end
+end
 for id = known, wanted - 1 do
   if redis.call('HEXISTS', DONE, id) == 0 and not redis.call('ZSCORE', LEASES, id) then
     redis.call('ZADD', PENDING, id, id)

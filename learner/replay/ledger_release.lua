@@ -6,5 +6,7 @@ end
 forget_lease(ARGV[1])
 if tonumber(ARGV[1]) < tonumber(redis.call('HGET', META, 'episodes')) then
   redis.call('ZADD', PENDING, ARGV[1], ARGV[1])
+else
+  redis.call('HDEL', SNAPSHOTS, ARGV[1])
 end
 return 1

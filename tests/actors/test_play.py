@@ -1,10 +1,11 @@
+import copy
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 
-from actors.play import play
+from actors.play import Course, play
 
 
 class Counting(gym.Env[dict[str, np.ndarray], int]):
@@ -71,7 +72,27 @@ def test_an_actor_without_memory_has_states_of_size_0() -> None:
 
 def test_after_each_step_the_caller_is_told() -> None:
     told: list[tuple[float, int, bool]] = []
-    play(
-        Counting(3), Doubling(), after_step=lambda seen, info, s: told.append((seen["steps"][0], info["steps"], s >= 0))
-    )
+    play(Counting(3), Doubling(), after_step=lambda so_far, info, s: told.append((len(so_far), info["steps"], s >= 0)))
     assert told == [(1, 1, True), (2, 2, True), (3, 3, True)]
+
+
+def test_an_episode_that_was_begun_is_played_on_without_a_reset() -> None:
+    env, actor, kept = Counting(3, truncates=True), Doubling(), list[Course]()
+    whole = play(env, actor, after_step=lambda so_far, info, s: kept.append(copy.deepcopy(so_far)))
+    env.steps = actor.acted = 2
+    second = Course.of(kept[1].trace(), truncated=False)
+    assert (len(second), second.over) == (2, False)
+    again = play(env, actor, begun=second)
+    for name in whole.observations:
+        assert np.array_equal(again.observations[name], whole.observations[name])
+    for name in ("actions", "rewards", "states"):
+        assert np.array_equal(getattr(again, name), getattr(whole, name))
+    assert (env.steps, actor.acted, again.terminated) == (3, 3, False)
+
+
+def test_an_episode_that_is_over_is_played_no_further() -> None:
+    env = Counting(3, truncates=True)
+    whole = play(env, Doubling())
+    over = Course.of(whole, truncated=True)
+    assert play(env, Doubling(), begun=over).rewards.tolist() == whole.rewards.tolist()
+    assert env.steps == 3

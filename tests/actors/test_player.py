@@ -1,7 +1,14 @@
 import base64
 import json
 import math
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +25,7 @@ from actors.metrics import (
     PLAYER_COMPRESSION,
     PLAYER_EPISODES,
     PLAYER_IMAGES,
+    PLAYER_REFUSED_SNAPSHOTS,
     PLAYER_SECONDS,
     PLAYER_STEPS,
     PLAYER_WEIGHTS_AGE,
@@ -25,10 +33,12 @@ from actors.metrics import (
 from actors.player import Brief, Player
 from actors.rollout import Rollout, rollout
 from actors.schedule import order
+from actors.snapshot import Snapshot, snapshot_from_bytes, snapshot_to_bytes
 from agents.cross_entropy import generation_size, next_offsets
 from env.compact_file import network_from_bytes
 from env.data import Dataset
 from env.retraining import Metrics
+from learner.replay.codec import seal
 from learner.replay.ledger import Ledger
 from learner.replay.replay import Replay
 from learner.replay.weights import WeightStore
@@ -39,10 +49,13 @@ torch.set_num_threads(1)
 SEARCH = 3  # episodes of each group; the first is a teacher's
 RECORD = {
     "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "collapsed", "seconds", "phases",
-    "weights_version",
-    "return", "finished", "curve", "targets",
+    "weights_version", "begun_by", "steps_again", "return", "finished", "curve", "targets",
 }  # fmt: skip
 POINT = {"target", "compression", "parameters", "macs", "accuracy", "cross_entropy", "keep_bits"}
+
+
+class KilledError(Exception):
+    """Stands for kill -9."""
 
 
 def played(player: Player) -> dict[str, Any]:
@@ -74,7 +87,7 @@ def test_a_player_plays_what_the_schedule_says_and_records_it(brief: Brief, data
             "sigma": chosen.sigma,
             "seed": chosen.seed,
         }
-        assert record["actor"] == "actor-0"
+        assert (record["actor"], record["begun_by"], record["steps_again"]) == ("actor-0", "actor-0", 0)
         assert record["steps"] == 3 == len(record["curve"]) - 1
         assert record["seconds"] >= 0.99 * sum(record["phases"].values()) - 0.01 > 0
         assert all(len(point) == 2 for point in record["curve"])
@@ -127,9 +140,6 @@ def test_its_sequences_are_what_the_learner_reads(
 def test_an_episode_played_again_after_a_crash_before_its_record_is_in_the_replay_once(
     brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class KilledError(Exception):
-        """Stands for kill -9."""
-
     def killed(*_: Any) -> bool:
         raise KilledError
 
@@ -297,6 +307,7 @@ def test_metrics_tell_of_every_step_and_of_the_episode(
     assert told[PLAYER_WEIGHTS_AGE] == 3
     seconds = told.by(PLAYER_SECONDS)
     assert seconds.pop("insert") > 0
+    assert seconds.pop("snapshot") > 0
     assert seconds == pytest.approx(record["phases"], abs=1e-3)
 
 
@@ -308,3 +319,267 @@ def test_an_episode_that_another_has_recorded_meanwhile_is_not_counted_again(
     monkeypatch.setattr(player.services.ledger, "complete", lambda *_: False)
     played(player)
     assert (told[PLAYER_STEPS], told[PLAYER_EPISODES]) == (3, 0)
+
+
+PERIOD, STEPS = 3, 7
+#: What an episode that was taken up may say otherwise than one that was not.
+UNLIKE = ("actor", "begun_by", "steps_again", "seconds", "phases", "finished")
+
+
+def longer(brief: Brief) -> Brief:
+    """With episodes of seven steps, of which the fourth and the last reach targets, by everybody who can decide."""
+    controls = ("cem", "random", "untrained")
+    return replace(
+        brief,
+        episode=replace(brief.episode, waypoints=STEPS),
+        schedule=replace(brief.schedule, snapshot_period=PERIOD, controls=controls),
+        replay=replace(brief.replay, replay_ratio_tolerance=1e6),  # nobody learns here
+    )
+
+
+def killed_after(player: Player, steps: int, monkeypatch: pytest.MonkeyPatch, *, saved: bool = False) -> int:
+    """Let the player play so many steps and die, before or after the last one's snapshot; returns the steps played."""
+    ledger, beat, save = player.services.ledger, player.services.ledger.beat, player._save
+    left = steps
+
+    def count(worker: str, fields: str) -> None:
+        nonlocal left
+        beat(worker, fields)
+        left -= 1
+        if left == 0 and not saved:
+            raise KilledError
+
+    def keep(*call: Any) -> None:
+        save(*call)
+        if left <= 0:
+            raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ledger, "beat", count)
+        patched.setattr(player, "_save", keep)
+        with pytest.raises(KilledError):
+            player.play()
+    ((episode, _),) = ledger.in_flight()
+    assert ledger.release(episode, player.name)  # as its restart does
+    return steps - left
+
+
+def publish(client: redis.Redis, brief: Brief, player: Player, version: int) -> None:
+    """Weights of a Controller that has learned `version` times."""
+    learned = brief.fresh_controller(player.plan)
+    generator = torch.Generator().manual_seed(version)
+    for parameter in learned.parameters():
+        nn.init.normal_(parameter, std=0.3, generator=generator)
+    WeightStore(client, brief.prefix).publish(version, save_tensors(learned.state_dict()))
+
+
+def sequences(client: redis.Redis, brief: Brief) -> dict[bytes, tuple[bytes, bytes]]:
+    """Payload, and weight with its state in the race, of all that the replay holds."""
+    data, weight = (client.hgetall(f"{{{brief.prefix}}}:replay:{name}") for name in ("data", "weight"))
+    return {key: (data[key], weight[key].split()[0]) for key in data}
+
+
+def alike(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if name not in UNLIKE}
+
+
+def test_an_episode_whose_players_are_killed_is_bit_for_bit_the_one_without(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = longer(brief)
+    quiet = replace(brief, prefix=f"{brief.prefix}-quiet")
+    ledger.open("test", brief.schedule.total)
+    undisturbed = Ledger(client, quiet.prefix)
+    undisturbed.open("test", brief.schedule.total)
+    calm, told = Player("calm", quiet, dataset), Told()
+    players = [Player(f"actor-{i}", brief, dataset, metrics=told) for i in range(2)]
+    random, taken_up = np.random.default_rng(0), 0
+    for episode in range(brief.schedule.total):
+        for whose in (quiet, brief):
+            publish(client, whose, calm, 10 * episode + 1)
+        expected, steps = played(calm), 0
+        for life in range(2):
+            before = ledger.snapshot(episode)
+            last = int(random.integers(1, PERIOD + 1))
+            made = killed_after(players[life], last, monkeypatch, saved=bool(random.integers(2)))
+            assert made <= PERIOD
+            steps += made
+            if ledger.snapshot(episode) != before:
+                publish(client, brief, calm, 10 * episode + 2 + life)  # who goes on must not play with these
+        taken_up += ledger.snapshot(episode) is not None
+        already = told[PLAYER_STEPS]
+        record = played(players[0])
+        assert alike(record) == alike(expected)
+        assert record["steps"] + record["steps_again"] == steps + told[PLAYER_STEPS] - already
+        assert record["steps_again"] <= PERIOD * 2
+        assert ledger.snapshot(episode) is None
+    assert taken_up > brief.schedule.total // 2
+    slots = undisturbed.slots()
+    assert ledger.slots() == slots
+    assert len(slots) == 2 * len(brief.schedule.groups)
+    for slot in slots:
+        mine, theirs = ledger.best(slot), undisturbed.best(slot)
+        assert mine == theirs
+    assert sequences(client, brief) == sequences(client, quiet)
+    assert client.hlen(f"{{{brief.prefix}}}:ledger:snapshots") == 0
+
+
+@pytest.mark.slow
+def test_a_player_killed_for_real_is_taken_over_where_its_last_snapshot_was(
+    brief: Brief, dataset: Dataset, ledger: Ledger, client: redis.Redis, tmp_path: Path
+) -> None:
+    brief = longer(brief)
+    ledger.open("test", brief.schedule.total)
+    file, root = tmp_path / "brief", Path(__file__).parents[2]
+    file.write_bytes(pickle.dumps(brief))
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    script = root / "tests" / "support" / "doomed_player.py"
+    ended = subprocess.run([sys.executable, script, file, "5"], env=environment, timeout=300, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert ledger.in_flight() == [(0, "killed")]
+    assert ledger.release(0, "killed")
+    told = Told()
+    record = played(Player("actor-0", brief, dataset, metrics=told))
+    # the fourth step reached a target, and its snapshot is the newest
+    assert (record["id"], record["begun_by"], record["steps_again"]) == (0, "killed", 1)
+    assert (record["actor"], record["steps"], told[PLAYER_STEPS]) == ("actor-0", STEPS, 3)
+    assert record["seconds"] >= 0.99 * sum(record["phases"].values()) - 0.01
+    quiet = replace(brief, prefix=f"{brief.prefix}-quiet")
+    Ledger(client, quiet.prefix).open("test", brief.schedule.total)
+    assert alike(record) == alike(played(Player("calm", quiet, dataset)))
+
+
+def test_what_the_cross_entropy_method_tries_stays_when_others_have_finished_meanwhile(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief = longer(brief)
+    skip_search(ledger)
+    player, drawn = Player("actor-0", brief, dataset), iter((0.25, 0.5))
+    monkeypatch.setattr(actors.player, "next_candidate", lambda *_, **__: np.full(len(player.plan.layers), next(drawn)))
+    assert killed_after(player, 3, monkeypatch, saved=True) == 3
+    assert set(played(player)["offsets"]) == {0.25}
+
+
+def test_an_episode_killed_before_its_first_snapshot_begins_anew_and_one_killed_at_its_end_is_only_recorded(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief, told = longer(brief), Told()
+    first, second = Player("actor-0", brief, dataset), Player("actor-1", brief, dataset, metrics=told)
+    assert killed_after(first, 1, monkeypatch) == 1
+    record = played(second)
+    assert (record["begun_by"], record["steps_again"], told[PLAYER_STEPS]) == ("actor-1", 1, STEPS)
+    assert killed_after(first, STEPS, monkeypatch, saved=True) == STEPS
+    record = played(second)
+    assert (record["begun_by"], record["steps_again"], told[PLAYER_STEPS]) == ("actor-0", 0, STEPS)
+    assert len(record["targets"]) == 2
+
+
+def test_with_period_0_there_are_no_snapshots(brief: Brief, dataset: Dataset, ledger: Ledger) -> None:
+    brief = replace(brief, schedule=replace(brief.schedule, snapshot_period=0))
+    player = Player("actor-0", brief, dataset)
+    player.services.ledger.save = lambda *_: pytest.fail("saved")  # type: ignore[method-assign]
+    assert played(player)["steps_again"] == 0
+
+
+def fingerprint(player: Player) -> str:
+    return player.brief.fingerprint(order(player.brief.schedule, 0, seed=player.brief.seed))
+
+
+def empty(data: bytes, player: Player) -> bytes:
+    """What says that it is the snapshot of episode 0, and is sealed, but holds nothing."""
+    text = json.dumps({"format": 1, "fingerprint": fingerprint(player)})
+    return seal(b"ZOSN", len(text), text.encode() + save_tensors({}))
+
+
+def forged(
+    spoil: Callable[[Snapshot], None],
+) -> Callable[[bytes, Player], bytes]:
+    """A snapshot of episode 0 in which one thing was changed, sealed again."""
+
+    def change(data: bytes, player: Player) -> bytes:
+        known = {"fingerprint": fingerprint(player), "recognizer": player.env.recognizer}
+        snapshot = snapshot_from_bytes(data, **known)
+        spoil(snapshot)
+        return snapshot_to_bytes(snapshot, **known)
+
+    return change
+
+
+def lose_a_step(snapshot: Snapshot) -> None:
+    course = snapshot.underway.course
+    for entries in (course.observations, course.actions, course.rewards, course.states):
+        del entries[-1]
+
+
+def widen_the_actions(snapshot: Snapshot) -> None:
+    snapshot.underway.course.actions[:] = [np.append(one, np.int8(0)) for one in snapshot.underway.course.actions]
+
+
+def lose_a_weight(snapshot: Snapshot) -> None:
+    dict.popitem(snapshot.weights)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "told_as"),
+    [
+        (lambda data, _: b"garbage", "payload: expected a header"),
+        (lambda data, _: data[:-1] + bytes([data[-1] ^ 1]), "payload's crc32"),
+        (empty, "KeyError"),
+        (forged(lose_a_step), "ValueError: course: expected 2 steps"),
+        (forged(widen_the_actions), "ValueError: course: expected observations, actions"),
+        (forged(lose_a_weight), "RuntimeError: Error(s) in loading state_dict"),
+    ],
+)
+def test_a_snapshot_that_is_none_is_named_and_counted_and_the_episode_begins_anew(
+    brief: Brief,
+    dataset: Dataset,
+    ledger: Ledger,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    change: Callable[[bytes, Player], bytes],
+    told_as: str,
+) -> None:
+    brief, told = longer(brief), Told()
+    player = Player("actor-0", brief, dataset, metrics=told)
+    killed_after(player, 3, monkeypatch, saved=True)
+    data = ledger.snapshot(0)
+    assert data is not None
+    client.hset(f"{{{brief.prefix}}}:ledger:snapshots", "0", change(data, player))
+    record = played(player)
+    assert (record["steps"], record["steps_again"], told[PLAYER_REFUSED_SNAPSHOTS]) == (STEPS, 3, 1)
+    assert "episode 0: its snapshot is refused, it begins anew: " + told_as in caplog.text
+    assert ledger.snapshot(0) is None
+
+
+def test_a_snapshot_of_another_episode_or_campaign_is_refused(
+    brief: Brief,
+    dataset: Dataset,
+    ledger: Ledger,
+    client: redis.Redis,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    brief = longer(brief)
+    other = replace(brief, prefix=f"{brief.prefix}-other")
+    elsewhere = Ledger(client, other.prefix)
+    elsewhere.open("test", brief.schedule.total)
+    killed_after(Player("actor-0", other, dataset), 3, monkeypatch, saved=True)
+    theirs = elsewhere.snapshot(0)
+    assert theirs is not None
+    client.hset(f"{{{brief.prefix}}}:ledger:snapshots", "0", theirs)
+    assert played(Player("actor-0", brief, dataset))["begun_by"] == "actor-0"
+    assert "snapshot's fingerprint: expected" in caplog.text
+
+
+def test_a_snapshot_that_the_server_does_not_take_is_said_and_the_episode_goes_on(
+    brief: Brief,
+    dataset: Dataset,
+    ledger: Ledger,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    player = Player("actor-0", brief, dataset)
+    monkeypatch.setattr(player.services.ledger, "save", lambda *_: False)
+    assert played(player)["steps"] == 3
+    assert "bytes is not kept" in caplog.text

@@ -26,6 +26,7 @@ def group(config: ScheduleConfig, name: str) -> list[EpisodeOrder]:
         ({"actors": 0}, "search.actors: expected at least 1, got 0"),
         ({"teacher_share": 1.0}, r"search.teacher_share: expected in \[0, 1\), got 1.0"),
         ({"teacher_share": -0.1}, r"search.teacher_share: expected in \[0, 1\), got -0.1"),
+        ({"snapshot_period": -1}, "search.snapshot_period: expected at least 0, got -1"),
         ({"sigma": -0.4}, "search.sigma: expected a number of at least 0, got -0.4"),
         ({"sigma": float("nan")}, "search.sigma: expected a number of at least 0, got nan"),
         ({"epsilon_base": 1.4}, r"search.epsilon_base: expected in \[0, 1\], got 1.4"),

@@ -1,3 +1,5 @@
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.controller import Controller, ControllerConfig
-from agents.policies import HEURISTICS, ControllerPolicy, LayerOffsets, Shadowed, heuristic, observe
+from agents.policies import HEURISTICS, ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic, observe
 from env.channels import ChannelPlan
 
 torch.set_num_threads(1)
@@ -207,6 +209,39 @@ def test_a_shadowed_policy_decides_and_the_controller_lends_its_state() -> None:
         alone.rank(observation(step))
         assert torch.equal(rank, -torch.as_tensor(observation(step)["features"][:, 1]))
     assert float(shadowed.recurrent_state[0].abs().max()) > 0
+
+
+def policies() -> dict[str, Callable[[], Policy]]:
+    made = controller()
+    named: dict[str, Callable[[], Policy]] = {
+        name: functools.partial(heuristic, name, PLAN, seed=3) for name in HEURISTICS
+    }
+    return named | {
+        "layer-offsets": lambda: LayerOffsets(PLAN, torch.tensor([0.0, 0.5])),
+        "controller": lambda: ControllerPolicy(made, epsilon=0.5, sigma=0.4, seed=3),
+        "shadowed": lambda: Shadowed(heuristic("random-filters", PLAN, seed=3), made),
+    }
+
+
+@pytest.mark.parametrize("name", list(policies()))
+def test_a_policy_made_alike_goes_on_from_anothers_state(name: str) -> None:
+    make = policies()[name]
+    first, second = make(), make()
+    for step in range(3):
+        first.rank(observation(step))
+    state = {key: value.clone() for key, value in first.state_dict().items()}
+    second.load_state_dict(state)
+    for step in range(3, 8):
+        assert torch.equal(first.rank(observation(step)), second.rank(observation(step)))
+    with pytest.raises(ValueError, match="a policy's state: expected"):
+        second.load_state_dict({**state, "another": torch.zeros(1)})
+
+
+def test_the_offsets_of_an_episode_are_part_of_its_state() -> None:
+    made = controller()
+    first, other = (ControllerPolicy(made, sigma=0.4, seed=seed) for seed in (3, 4))
+    other.load_state_dict(first.state_dict())
+    assert torch.equal(first.rank(observation(0)), other.rank(observation(0)))
 
 
 def test_an_observation_becomes_tensors_with_time_and_batch_in_front() -> None:

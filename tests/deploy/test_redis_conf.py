@@ -90,6 +90,8 @@ def play_whole_ledger(client: redis.Redis, prefix: str) -> None:
     assert ledger.claim("me", 60.0) == 0
     assert ledger.renew(0, "me", 60.0)
     assert ledger.in_flight() == [(0, "me")]
+    assert ledger.save(0, "me", b"snapshot")
+    assert ledger.snapshot(0) == b"snapshot"
     assert ledger.complete(0, json.dumps({"id": 0}), [Candidate("0.9", 1.0, b"mask", "{}")])
     assert ledger.claim("me", 60.0) == 1
     assert ledger.release(1, "me")

@@ -22,17 +22,42 @@ from event_records import shown
 from prometheus_client.parser import text_string_to_metric_families
 from tiny_campaign import LIMIT_S, environment, episodes, started, tiny, wait_until
 
-from actors.metrics import LEARNER_SKIPPED, LEARNER_WAIT, METRICS, REPLAY_EVICTED, REPLAY_REFUSED, REPLAY_REJECTED
+from actors.metrics import (
+    LEARNER_SKIPPED,
+    LEARNER_WAIT,
+    METRICS,
+    PLAYER_REFUSED_SNAPSHOTS,
+    REPLAY_EVICTED,
+    REPLAY_REFUSED,
+    REPLAY_REJECTED,
+)
 
 pytestmark = pytest.mark.slow
 
 #: A counter that never rose is not exported. A tiny campaign has no such troubles, and its learner may never wait.
 MAY_NEVER_RISE = {
-    metric.exported for metric in (LEARNER_SKIPPED, LEARNER_WAIT, REPLAY_EVICTED, REPLAY_REFUSED, REPLAY_REJECTED)
+    metric.exported
+    for metric in (
+        LEARNER_SKIPPED,
+        LEARNER_WAIT,
+        PLAYER_REFUSED_SNAPSHOTS,
+        REPLAY_EVICTED,
+        REPLAY_REFUSED,
+        REPLAY_REJECTED,
+    )
 }
 EXPECTED = {metric.exported for metric in METRICS} - MAY_NEVER_RISE
 RATIOS = {metric.exported for metric in METRICS if metric.name.endswith("_ratio")}
-PHASES = {"decide", "compact", "retrain", "evaluate", "score", "recover", "insert"}  # and wait, where it was needed
+PHASES = {
+    "decide",
+    "compact",
+    "retrain",
+    "evaluate",
+    "score",
+    "recover",
+    "snapshot",
+    "insert",
+}  # and wait, where it was needed
 EPISODES = 1000
 
 Samples = list[tuple[str, dict[str, str], float]]

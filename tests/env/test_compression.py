@@ -1,3 +1,4 @@
+import copy
 import functools
 import math
 from typing import Any
@@ -321,3 +322,31 @@ def test_a_network_of_which_nothing_can_be_pruned_is_told_as_that() -> None:
     plan = ChannelPlan(nn.Sequential(nn.Flatten(), nn.Linear(64, 4)), torch.zeros(1, 1, 8, 8))
     problem = unreachable(plan, Measure("parameters", 260), EpisodeConfig(targets=(0.1,)))
     assert "got none, whatever the target; zeroout doctor --model says why" in str(problem)
+
+
+@pytest.mark.parametrize("features", [True, False])
+def test_an_episode_goes_on_in_another_environment_bit_for_bit(features: bool) -> None:
+    first, other = made(features=features), made(features=features)
+    actions = [zero(first, step, 4 + step) for step in range(3)] + [half_of_each_layer(first)]
+    first.reset(seed=7)
+    other.reset(seed=8)
+    other.step(actions[3])
+    for action in actions[:2]:
+        first.step(action)
+    other.load_state_dict(copy.deepcopy(first.state_dict()))
+    for action in actions[2:]:
+        (seen, *told, info), (seen_there, *told_there, info_there) = first.step(action), other.step(action)
+        assert all(np.array_equal(seen[name], seen_there[name]) for name in seen | seen_there)
+        assert (told, info) == (told_there, info_there)
+    mine, theirs = first.state_dict()["network"], other.state_dict()["network"]
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine | theirs)
+
+
+def test_after_another_episodes_state_a_reset_begins_as_ever() -> None:
+    env, other = made(), made()
+    expected, _ = env.reset(seed=7)
+    other.reset(seed=8)
+    other.step(zero(other, 0))
+    env.load_state_dict(other.state_dict())
+    again, _ = env.reset(seed=7)
+    assert all(np.array_equal(expected[name], again[name]) for name in expected)

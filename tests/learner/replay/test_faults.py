@@ -182,6 +182,19 @@ def test_a_full_server_holds_inserts_back_until_it_has_room_again(own: EmbeddedS
         assert_consistent(client, "p")
 
 
+def test_a_full_server_keeps_the_snapshot_it_has_and_records_the_episode(own: EmbeddedServer) -> None:
+    with connect(own.url, patience_s=0.5) as client:
+        ledger = Ledger(client, "p")
+        ledger.open("f", 1)
+        assert ledger.claim("me", 60.0) == 0
+        assert ledger.save(0, "me", b"first")
+        client.config_set("maxmemory", 1)
+        assert not ledger.save(0, "me", b"second")
+        assert ledger.snapshot(0) == b"first"
+        assert ledger.complete(0, json.dumps({"id": 0}))
+        assert ledger.snapshot(0) is None
+
+
 def test_a_server_that_stays_full_is_one_clear_line(own: EmbeddedServer) -> None:
     with connect(own.url) as client:
         replay = _replay(client, "p", 0)

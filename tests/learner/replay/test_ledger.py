@@ -125,6 +125,56 @@ def test_lost_records_are_restored_once(ledger: Ledger) -> None:
     assert not ledger.complete(0, _record(0))
 
 
+def test_the_newest_snapshot_of_an_episode_stays_until_it_is_recorded(
+    ledger: Ledger, client: redis.Redis, prefix: str
+) -> None:
+    assert ledger.claim("a", 60) == 0
+    assert ledger.snapshot(0) is None
+    assert ledger.save(0, "a", b"first")
+    assert ledger.save(0, "a", b"\x00second")
+    assert ledger.snapshot(0) == b"\x00second"
+    assert ledger.release(0, "a")
+    assert ledger.snapshot(0) == b"\x00second"
+    assert ledger.claim("b", 60) == 0
+    assert ledger.complete(0, _record(0))
+    assert ledger.claim("b", 60) == 1
+    assert ledger.save(1, "b", b"third")
+    assert ledger.restore([_record(1)]) == 1
+    assert client.exists(f"{{{prefix}}}:ledger:snapshots") == 0
+
+
+def test_only_the_owner_saves_and_nobody_after_the_record(ledger: Ledger) -> None:
+    assert not ledger.save(0, "a", b"nobody's")
+    assert ledger.claim("slow", 0.02) == 0
+    time.sleep(0.04)
+    assert ledger.claim("quick", 60) == 0
+    assert ledger.save(0, "quick", b"quick")
+    assert not ledger.save(0, "slow", b"slow")
+    assert ledger.snapshot(0) == b"quick"
+    assert ledger.complete(0, _record(0, by="slow"))
+    assert not ledger.save(0, "quick", b"late")
+    assert ledger.snapshot(0) is None
+
+
+def test_a_snapshot_above_the_limit_is_not_sent(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("learner.replay.ledger.MAX_SNAPSHOT_BYTES", 5)
+    assert ledger.claim("a", 60) == 0
+    assert ledger.save(0, "a", b"small")
+    assert not ledger.save(0, "a", b"larger")
+    assert ledger.snapshot(0) == b"small"
+
+
+def test_snapshots_of_withdrawn_episodes_go_with_them(ledger: Ledger) -> None:
+    for episode, owner in enumerate("abc"):
+        assert ledger.claim(owner, 60) == episode
+        assert ledger.save(episode, owner, b"snapshot")
+    assert ledger.release(1, "b")
+    ledger.open("config-1", 1)
+    assert [ledger.snapshot(episode) for episode in range(3)] == [b"snapshot", None, b"snapshot"]
+    assert ledger.release(2, "c")  # withdrawn while it was played
+    assert ledger.snapshot(2) is None
+
+
 def test_a_stop_is_seen_by_all_until_it_is_cleared(ledger: Ledger, client: redis.Redis, prefix: str) -> None:
     other = Ledger(client, prefix)
     assert not other.stop_requested()
