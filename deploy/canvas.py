@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -17,6 +18,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from PIL import Image
 
 __all__ = ["PLAIN", "Form", "Theme", "legend", "new_figure", "png"]
+
+_Bytes = npt.NDArray[np.uint8]
 
 _DPI = 150
 
@@ -130,20 +133,34 @@ def png(figure: Figure, form: Form) -> bytes:
     drawn, smaller = io.BytesIO(), io.BytesIO()
     figure.savefig(drawn, format="png", facecolor=figure.get_facecolor())
     with Image.open(drawn) as image:
-        indexed = image.convert("RGB").quantize(palette=_palette(form.theme), dither=Image.Dither.NONE)
+        pixels = np.asarray(image.convert("RGB"))
+    palette = _palette(form.theme)
+    indexed = Image.fromarray(_nearest(pixels, palette))
+    indexed.putpalette(palette.tobytes())
     indexed.save(smaller, "PNG", optimize=True)
     return smaller.getvalue()
 
 
-def _palette(theme: Theme) -> Image.Image:
-    """The theme's colours and their blends with the paper: the rest is fainter lines and the edges of letters."""
-    colours = np.array([_rgb(colour) for colour in (theme.ink, theme.grid, *theme.groups.values(), theme.other)])
-    paper, steps = np.array(_rgb(theme.paper)), 256 // len(colours)
-    share = np.linspace(0.0, 1.0, steps)[:, None, None]
-    blends = np.rint(share * colours + (1.0 - share) * paper).astype(np.uint8)
-    image = Image.new("P", (1, 1))
-    image.putpalette(blends.tobytes())
-    return image
+def _palette(theme: Theme) -> _Bytes:
+    """The theme's colours and their blends with the paper, uint8 [256, 3]: faint lines and the edges of letters."""
+    colours = np.array([_rgb(colour) for colour in (theme.ink, *theme.groups.values(), theme.other)])
+    paper, grid = np.array(_rgb(theme.paper)), np.array(_rgb(theme.grid))
+    share = np.linspace(1.0, 0.0, 254 // len(colours), endpoint=False)[:, None, None]
+    blends = (share * colours + (1.0 - share) * paper).reshape(-1, 3)
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(blends) + 2] = np.rint([paper, grid, *blends])
+    return palette
+
+
+def _nearest(pixels: _Bytes, palette: _Bytes) -> _Bytes:
+    """Index into `palette` of the colour that is nearest to each pixel, uint8 [H, W]."""
+    height, width, _ = pixels.shape
+    packed = pixels.astype(np.int32) @ np.array([1 << 16, 1 << 8, 1], np.int32)  # an integer for each colour
+    colours, places = np.unique(packed, return_inverse=True)
+    rgb = np.stack([colours >> 16, (colours >> 8) & 255, colours & 255], axis=1)
+    distances = ((rgb[:, None].astype(np.float32) - palette) ** 2).sum(axis=2)
+    nearest: _Bytes = distances.argmin(axis=1).astype(np.uint8)[places]
+    return nearest.reshape(height, width)
 
 
 def _rgb(colour: str) -> tuple[int, int, int]:

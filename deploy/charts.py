@@ -34,9 +34,11 @@ _FEWER_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 _ACTORS_NAMED = 10  # a legend of more of them is longer than the picture
 
 
-def frontier_png(path: Path, records: Sequence[Record], result: Record | None) -> None:
+def frontier_png(
+    path: Path, records: Sequence[Record], result: Record | None, published: Sequence[Published] = ()
+) -> None:
     """Write the picture of accuracy against compression to `path`; `result` may be None or partial."""
-    write_atomic(path, frontier_image(records, result))
+    write_atomic(path, frontier_image(records, result, published=published))
 
 
 def learning_png(path: Path, records: Sequence[Record]) -> None:
@@ -160,14 +162,16 @@ def _teacher_style(policy: str, theme: Theme) -> dict[str, Any]:
 
 def _draw_published(axes: Axes, published: Sequence[Published], result: Record, form: Form) -> None:
     baseline = (result.get("baseline") or {}).get("test_accuracy")
-    for point in published:
-        height = point.height(baseline)
-        if height is None:
-            continue
-        at = (_x(point.compression), height)
-        axes.plot(*at, zorder=5, **_published_style(point, form.theme))
-        if not (form.narrow or point.is_source):
-            axes.annotate(point.who, at, xytext=(4, 4), textcoords="offset points", color=form.theme.ink, fontsize=7.5)
+    drawn = [(point, _x(point.compression), h) for point in published if (h := point.height(baseline)) is not None]
+    for point, x, height in drawn:
+        axes.plot(x, height, zorder=5, **_published_style(point, form.theme))
+    others = {point.who: (x, height) for point, x, height in drawn if not point.is_source}  # the last of each
+    for number, (who, at) in enumerate(others.items()):
+        if not form.narrow:
+            axes.annotate(
+                who, at, xytext=(4, (-10, 4)[number % 2]), textcoords="offset points",
+                color=form.theme.ink, fontsize=7.5,
+            )  # fmt: skip
 
 
 def _published_style(point: Published, theme: Theme) -> dict[str, Any]:

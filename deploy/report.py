@@ -45,18 +45,19 @@ def write_report(folder: CampaignFolder | Path | str) -> Path:
     status = read_status(campaign)
     records, result = campaign.read_episodes(), status["result"]
     config = campaign.campaign_toml.read_text(errors="replace")
+    published = published_beside(_tree(config, campaign))
     learned = len(groups_of(records)) != 1 or "search" in groups_of(records)  # not one rule alone
     body = [
         _head(status, records),
         _result_section(result),
         _comparison_section(records, result) if learned else "",
-        frontier_section(records, result, published_beside(_tree(config, campaign))),
+        frontier_section(records, result, published),
         layers_section(campaign, result),
         learning_section(records) if learned else "",
         throughput_section(status["actors"], records),
         _settings_section(campaign, config),
     ]
-    frontier_png(campaign.frontier_png, records, result)
+    frontier_png(campaign.frontier_png, records, result, published)
     write_atomic(campaign.report_html, page(campaign.path.resolve().name, body))
     return campaign.report_html
 

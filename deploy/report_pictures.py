@@ -26,8 +26,9 @@ def frontier_section(records: Sequence[Record], result: Record | None, published
     drawn = _forms(lambda form: frontier_image(records, result, published=published, form=form))
     title = "Accuracy against compression"
     note = (
-        "Thin lines: every episode on its way, on validation images, before any recovery. Symbols: the best of each "
-        "group and of each heuristic after the short recovery of an episode. Stars: the result, on the test images."
+        "Thin lines: every episode on its way (the newest 300 of a group), on validation images, before any recovery. "
+        "Symbols: the best of each group and of each heuristic after the short recovery of an episode. Stars: the "
+        "result, on the test images."
     )
     description = f"{title}: {len(records)} episodes, and the results as in the table"
     return f"<h2>{title}</h2>{picture(description, drawn)}<p class=dim>{note}</p>{_published_table(published)}"
