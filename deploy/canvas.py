@@ -131,9 +131,9 @@ def legend(axes: Axes, handles: Sequence[Any], form: Form) -> None:
 def png(figure: Figure, form: Form) -> bytes:
     """Return the drawn figure as PNG of 256 colours: a report holds a dozen, each a third as large as with all."""
     drawn, smaller = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, format="png", facecolor=figure.get_facecolor())
-    with Image.open(drawn) as image:
-        pixels = np.asarray(image.convert("RGB"))
+    figure.savefig(drawn, format="rgba", facecolor=figure.get_facecolor())
+    width, height = figure.canvas.get_width_height()
+    pixels = np.frombuffer(drawn.getvalue(), np.uint8).reshape(height, width, 4)[:, :, :3]
     palette = _palette(form.theme)
     indexed = Image.fromarray(_nearest(pixels, palette))
     indexed.putpalette(palette.tobytes())

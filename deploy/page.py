@@ -98,7 +98,7 @@ _STYLE = """
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
+main { max-width: 68rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.9rem; margin: 0; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; }
 h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; }
 .dim { color: var(--dim); font-size: .875rem; margin-top: .4rem; }

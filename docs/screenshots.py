@@ -49,7 +49,8 @@ def campaign(folder: Path, browser: Browser) -> None:
             assert driver.poll() is None, (folder / "log").read_text()
             return len(episodes(folder / OUT)) >= share * EPISODES
 
-        with prometheus(discovery, folder) as url:
+        (folder / "prometheus").mkdir()
+        with prometheus(discovery, folder / "prometheus") as url:
             wait_until(lambda: played(0.6), "most episodes are played", LIMIT_S)
             status(folder, browser)
             wait_until(lambda: played(0.9), "nearly all episodes are played", LIMIT_S)
@@ -75,8 +76,8 @@ def status(folder: Path, browser: Browser) -> None:
 def throughput(url: str, browser: Browser) -> None:
     """Steps a second of each actor, on Prometheus's own page."""
     assert asked(url, QUERY)
-    query = {"g0.expr": QUERY, "g0.tab": 0, "g0.range_input": "10m"}
-    browser.open(f"{url}/graph?{urlencode(query)}", width=1120, height=880)
+    query = {"g0.expr": QUERY, "g0.tab": 0, "g0.range_input": "5m"}
+    browser.open(f"{url}/graph?{urlencode(query)}", width=1120, height=870)
     drawn = "return document.querySelectorAll('svg path').length >= 2"
     WebDriverWait(browser.driver, 60).until(lambda _: browser.evaluate(drawn))
     save("prometheus", browser)
@@ -85,11 +86,11 @@ def throughput(url: str, browser: Browser) -> None:
 def report(browser: Browser) -> None:
     """The report: on a desk in light and in dark, and on a phone."""
     for name, width, dark, heading in (
-        ("report-light", 1000, False, "Result"),
-        ("report-dark", 1000, True, "Accuracy against compression"),
+        ("report-light", 1120, False, "Result"),
+        ("report-dark", 1120, True, "Accuracy against compression"),
         ("report-phone", 360, False, "Accuracy against compression"),
     ):
-        browser.open((OUT / "report.html").absolute().as_uri(), width=width, height=1150, dark=dark)
+        browser.open((OUT / "report.html").absolute().as_uri(), width=width, height=1200, dark=dark)
         place = f"[...document.querySelectorAll('h2')].find(part => part.innerText === '{heading}')"
         browser.evaluate(f"window.scrollTo(0, {place}.offsetTop - 16)" if heading != "Result" else "")
         save(name, browser)

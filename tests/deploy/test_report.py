@@ -1,6 +1,7 @@
 """The report says what result.json says, escapes what it shows, and is honest about who won."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -8,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from deploy import charts
 from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.frontier import Comparison
 from deploy.report import comparison_sentence, verdict_sentence, write_report
 from env.errors import UserError
 
 EVIL = '<script>alert("x")</script>&'
+
+
+@pytest.fixture(autouse=True)
+def _pictures_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirteen pictures a report take seconds; test_charts.py and test_report_in_browser.py look at real ones."""
+    dot = io.BytesIO()
+    Image.new("1", (1, 1)).save(dot, "PNG")
+    monkeypatch.setattr(charts, "png", lambda figure, form: dot.getvalue())
 
 
 @pytest.fixture
