@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test check install clean
+.PHONY: demo test check screenshots install clean
 
 install: $(STAMP)
 
@@ -27,6 +27,10 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+# docs/*.png again; needs Debian's chromium, chromium-driver and prometheus
+screenshots: install
+	PYTHONPATH=.:tests/support $(BIN)/python docs/screenshots.py
 
 clean:
 	rm -rf $(VENV) runs

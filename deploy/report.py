@@ -4,16 +4,20 @@ Called by the campaign at its end and by `zeroout report DIR` at any time; an un
 that it is one. Every number of a finished network is result.json's own, every text is escaped.
 """
 
-import base64
-import html
-from collections.abc import Iterable, Sequence
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.figures import change, count, fixed, percent, spread
 from deploy.folder import CampaignFolder, read_json, write_atomic
 from deploy.frontier import Comparison, compare, groups_of, groups_table, measure_name, targets_of
+from deploy.page import page, table, text
 from deploy.progress import duration
+from deploy.published import published_beside
+from deploy.report_pictures import frontier_section, layers_section, learning_section, throughput_section
 from deploy.status import read_status
+from env.errors import UserError
 
 __all__ = ["comparison_sentence", "verdict_sentence", "write_report"]
 
@@ -34,24 +38,27 @@ def write_report(folder: CampaignFolder | Path | str) -> Path:
 
     Works with whatever is there; UserError when the folder is no campaign or one of its files is broken.
     """
-    # matplotlib takes most of a second to import, and `zeroout status` imports no report's pictures.
-    from deploy.charts import frontier_image, learning_image
+    # matplotlib takes most of a second to import, and `zeroout status` draws no pictures
+    from deploy.charts import frontier_png
 
     campaign = CampaignFolder.open(folder.path if isinstance(folder, CampaignFolder) else folder)
     status = read_status(campaign)
     records, result = campaign.read_episodes(), status["result"]
-    light = frontier_image(records, result)
-    alone = len(groups_of(records)) == 1 and "search" not in groups_of(records)  # one rule: nothing was learned
+    config = campaign.campaign_toml.read_text(errors="replace")
+    published = published_beside(_tree(config, campaign))
+    learned = len(groups_of(records)) != 1 or "search" in groups_of(records)  # not one rule alone
     body = [
         _head(status, records),
         _result_section(result),
-        _comparison_section(records, result) if not alone else "",
-        _picture("Accuracy against compression", light, frontier_image(records, result, dark=True)),
-        _picture("Learning", learning_image(records), learning_image(records, dark=True)) if not alone else "",
-        _settings_section(campaign),
+        _comparison_section(records, result) if learned else "",
+        frontier_section(records, result, published),
+        layers_section(campaign, result),
+        learning_section(records) if learned else "",
+        throughput_section(status["actors"], records),
+        _settings_section(campaign, config),
     ]
-    write_atomic(campaign.frontier_png, light)
-    write_atomic(campaign.report_html, _page(campaign.path.resolve().name, body))
+    frontier_png(campaign.frontier_png, records, result, published)
+    write_atomic(campaign.report_html, page(campaign.path.resolve().name, body))
     return campaign.report_html
 
 
@@ -83,7 +90,7 @@ def comparison_sentence(comparison: Comparison) -> str:
     """Return one plain sentence on who won at one target."""
     c, rival = comparison, _name(comparison.rival)
     start = (
-        f"At {_percent(c.target, 1)} removed, the best of {c.episodes} {_plural(c.episodes)} each (the search's "
+        f"At {percent(c.target, 1)} removed, the best of {c.episodes} {_plural(c.episodes)} each (the search's "
         f"was chosen by {c.policy}):"
     )
     scores = f"{c.best['search']:.3f} against {c.best[c.rival]:.3f} cross-entropy on validation"
@@ -97,6 +104,15 @@ def comparison_sentence(comparison: Comparison) -> str:
     return f"{start} the Controller's search lost to {rival}, {scores} ({noise})."
 
 
+def _tree(config: str, campaign: CampaignFolder) -> Record:
+    try:
+        return tomllib.loads(config)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(
+            str(campaign.campaign_toml), expected="valid TOML", got=str(error), remedy="mend that line"
+        ) from error
+
+
 def _head(status: Record, records: Sequence[Record]) -> str:
     result = status["result"] or {}
     total = "" if status["episodes_total"] is None else f" of {status['episodes_total']}"
@@ -105,12 +121,12 @@ def _head(status: Record, records: Sequence[Record]) -> str:
         facts.append(duration(result["seconds"]))
     if result.get("seed") is not None:
         facts.append(f"seed {result['seed']}")
-    title = f"<h1>{_text(Path(status['folder']).resolve().name)}</h1><p class=dim>{_text(', '.join(facts))}</p>"
+    title = f"<h1>{text(Path(status['folder']).resolve().name)}</h1><p class=dim>{text(', '.join(facts))}</p>"
     if status["stage"] == "done":
         return title
     return title + (
-        f"<p class=notice><b>This campaign is not finished</b> (stage: {_text(status['stage'])}). What follows "
-        f"is how it stands now; continue it with <code>zeroout resume {_text(status['folder'])}</code>.</p>"
+        f"<p class=notice><b>This campaign is not finished</b> (stage: {text(status['stage'])}). What follows "
+        f"is how it stands now; continue it with <code>zeroout resume {text(status['folder'])}</code>.</p>"
     )
 
 
@@ -129,12 +145,12 @@ def _result_section(result: Record | None) -> str:
     )
     if "limit" in result:
         note = f"At most {result['max_drop']:g} points were to be lost on validation: {result['limit']}. {note}"
-    return f"<h2>Result</h2>{_table(header, rows)}<p class=dim>{_text(note)}</p>"
+    return f"<h2>Result</h2>{table('Result', header, rows)}<p class=dim>{text(note)}</p>"
 
 
 def _baseline_row(baseline: Record) -> list[str]:
-    accuracies = [_percent(baseline.get("val_accuracy")), "", _percent(baseline.get("test_accuracy")), ""]
-    sizes = [_count(baseline.get("parameters")), _count(baseline.get("macs"))]
+    accuracies = [percent(baseline.get("val_accuracy")), "", percent(baseline.get("test_accuracy")), ""]
+    sizes = [count(baseline.get("parameters")), count(baseline.get("macs"))]
     return ["baseline", "", *sizes, *accuracies, "", ""]
 
 
@@ -142,15 +158,15 @@ def _point_row(point: Record, baseline: Record) -> list[str]:
     accuracies = [
         cell
         for key in ("val_accuracy", "test_accuracy")
-        for cell in (_percent(point.get(key)), _change(point.get(key), baseline.get(key)))
+        for cell in (percent(point.get(key)), change(point.get(key), baseline.get(key)))
     ]
     group, policy = point.get("group"), str(point.get("policy", ""))
     chosen_by = policy if group is None or group == policy else f"{group}: {policy}"
     return [
-        _percent(point.get("target"), 1),
-        _percent(point.get("compression")),
-        _count(point.get("parameters")),
-        _count(point.get("macs")),
+        percent(point.get("target"), 1),
+        percent(point.get("compression")),
+        count(point.get("parameters")),
+        count(point.get("macs")),
         *accuracies,
         chosen_by,
         str(point.get("model") or ""),
@@ -160,9 +176,9 @@ def _point_row(point: Record, baseline: Record) -> list[str]:
 def _comparison_section(records: Sequence[Record], result: Record | None) -> str:
     targets = targets_of(records)
     comparisons = [c for target in targets if (c := compare(records, target)) is not None]
-    parts = ["<h2>Who chose better?</h2>", f"<p class=verdict>{_text(verdict_sentence(comparisons))}</p>"]
+    parts = ["<h2>Who chose better?</h2>", f"<p class=verdict>{text(verdict_sentence(comparisons))}</p>"]
     if len(comparisons) > 1:
-        items = "".join(f"<li>{_text(comparison_sentence(c))}</li>" for c in comparisons)
+        items = "".join(f"<li>{text(comparison_sentence(c))}</li>" for c in comparisons)
         parts.append(f"<ul>{items}</ul>")
     parts += [_recovered_alike(result or {}), *(_group_table(records, target) for target in targets)]
     return "".join(parts)
@@ -189,7 +205,7 @@ def _recovered_alike(result: Record) -> str:
         "The result beside the best of every other group, recovered alike. One recovery each: another seed "
         "moves such a number by about a point."
     )
-    return f"<h3>After recovery</h3>{_table(header, rows)}<p class=dim>{note}</p>"
+    return f"<h3>After recovery</h3>{table('After recovery', header, rows)}<p class=dim>{note}</p>"
 
 
 def _group_table(records: Sequence[Record], target: float) -> str:
@@ -197,12 +213,12 @@ def _group_table(records: Sequence[Record], target: float) -> str:
         "group", "episodes", "cross-entropy, best", "mean ± sd", "accuracy, best", "mean ± sd", "seconds",
     )  # fmt: skip
     rows = [_group_row(row) for row in groups_table(records, target)]
-    title = f"<h3>All episodes at {_percent(target, 1)} removed</h3>"
+    title = f"All episodes at {percent(target, 1)} removed"
     note = (
         "On the validation images, after the short recovery of an episode; mean and standard deviation over "
         "episodes; cross-entropy: lower is better."
     )
-    return f"{title}{_table(header, rows)}<p class=dim>{note}</p>"
+    return f"<h3>{title}</h3>{table(title, header, rows)}<p class=dim>{note}</p>"
 
 
 def _group_row(row: Record) -> list[str]:
@@ -211,55 +227,22 @@ def _group_row(row: Record) -> list[str]:
     return [
         row["group"] if row["policy"] is None else f"  · {row['policy']}",
         f"{row['episodes']}{reached}",
-        _fixed(loss["best"]),
-        _spread(_fixed(loss["mean"]), _fixed(loss["sd"])),
-        _percent(accuracy["best"]),
-        _spread(_percent(accuracy["mean"]), _percent(accuracy["sd"])),
+        fixed(loss["best"]),
+        spread(fixed(loss["mean"]), fixed(loss["sd"])),
+        percent(accuracy["best"]),
+        spread(percent(accuracy["mean"]), percent(accuracy["sd"])),
         "" if row["seconds"] is None else f"{row['seconds']:.1f}",
     ]
 
 
-def _settings_section(campaign: CampaignFolder) -> str:
-    config = campaign.campaign_toml.read_text(errors="replace")
+def _settings_section(campaign: CampaignFolder, config: str) -> str:
     parts = ["<h2>Made with</h2>"]
     if campaign.versions_json.is_file():
         versions = read_json(campaign.versions_json)
         rows = [[str(name), "not known" if value is None else str(value)] for name, value in versions.items()]
-        parts.append(_table(("", "version"), rows))
-    parts.append(f"<h3>campaign.toml</h3><pre>{_text(config)}</pre>")
+        parts.append(table("Versions", ("", "version"), rows))
+    parts.append(f"<h3>campaign.toml</h3><pre tabindex=0>{text(config)}</pre>")
     return "".join(parts)
-
-
-def _picture(title: str, light: bytes, dark: bytes) -> str:
-    return (
-        f"<h2>{_text(title)}</h2><picture>"
-        f'<source media="(prefers-color-scheme: dark)" srcset="{_data_uri(dark)}">'
-        f'<img src="{_data_uri(light)}" alt="{_text(title)}"></picture>'
-    )
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f"<th>{_text(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _page(title: str, body: Iterable[str]) -> str:
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(title)} · Zeroout</title><style>{_STYLE}</style></head><body><main>\n"
-        + "\n".join(body)
-        + "\n</main></body></html>\n"
-    )
-
-
-def _text(value: str) -> str:
-    return html.escape(value, quote=True)
 
 
 def _name(group: str) -> str:
@@ -268,48 +251,3 @@ def _name(group: str) -> str:
 
 def _plural(episodes: int) -> str:
     return "episode" if episodes == 1 else "episodes"
-
-
-def _percent(value: float | None, decimals: int = 2) -> str:
-    return "" if value is None else f"{100 * value:.{decimals}f} %"
-
-
-def _change(value: float | None, baseline: float | None) -> str:
-    return "" if value is None or baseline is None else f"{100 * (value - baseline):+.2f}"
-
-
-def _count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def _fixed(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
-
-
-def _spread(mean: str, deviation: str) -> str:
-    return f"{mean} ± {deviation}" if mean and deviation else mean
-
-
-_STYLE = """
-:root { color-scheme: light dark; --paper: #fff; --ink: #23272e; --dim: #646c77; --line: #e3e6ea;
-  --soft: #f5f6f8; --mark: #d55e00; }
-@media (prefers-color-scheme: dark) { :root { --paper: #15181d; --ink: #d7dbe0; --dim: #949da9;
-  --line: #2b3038; --soft: #1c2026; --mark: #f58a3c; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 62rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
-h1 { font-size: 1.9rem; margin: 0; } h2 { font-size: 1.3rem; margin: 2.6rem 0 .6rem; }
-h3 { font-size: 1rem; margin: 1.8rem 0 .4rem; }
-.dim { color: var(--dim); font-size: .875rem; margin-top: .4rem; }
-.verdict { font-size: 1.1rem; border-left: 4px solid var(--mark); padding-left: .9rem; }
-.notice { background: var(--soft); border: 1px solid var(--mark); border-radius: 6px; padding: .7rem 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; min-width: 24rem; }
-th, td { padding: .35rem .8rem .35rem 0; text-align: left; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { color: var(--dim); font-weight: 500; }
-td:first-child { white-space: pre; }
-picture img { width: 100%; height: auto; display: block; border-radius: 6px; }
-pre { background: var(--soft); padding: 1rem; border-radius: 6px; overflow-x: auto; font-size: .8125rem; }
-"""

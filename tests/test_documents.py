@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 from launch import ROOT, campaign_of, parse_command
+from PIL import Image
 
 README, SECURITY = ((ROOT / name).read_text() for name in ("README.md", "SECURITY.md"))
 
@@ -49,6 +50,19 @@ def test_every_link_within_the_tree_leads_somewhere() -> None:
     for document in (README, SECURITY):
         for target in re.findall(r"\]\(([^)#:]+)\)", document):
             assert (ROOT / target).exists(), target
+
+
+def test_every_picture_in_docs_is_small_and_shown_in_words_too() -> None:
+    shown = dict(re.findall(r'<img src="(docs/[^"]+)" alt="([^"]+)"', README))
+    pictures = {f"docs/{path.name}": path for path in (ROOT / "docs").glob("*.png")}
+    assert shown.keys() == pictures.keys()
+    assert len(pictures) == 5
+    for name, path in pictures.items():
+        assert len(shown[name]) > 5
+        assert path.stat().st_size < 300_000, name
+        with Image.open(path) as image:
+            assert image.format == "PNG"
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 20, f"{name} is blank"
 
 
 def test_every_test_that_the_security_document_names_is_there() -> None:

@@ -28,7 +28,8 @@ def campaign(tmp_path: Path) -> CampaignFolder:
 
 
 @pytest.fixture(scope="session")
-def _exported_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[CampaignFolder, list[str]]:
+def exported_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[CampaignFolder, list[str]]:
+    """A campaign whose point at 0.8 is exported in every format, and the files' names; not to be changed."""
     folder = finished(tmp_path_factory.mktemp("exported") / "out", TINY, (0.5, 0.8))
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -38,8 +39,8 @@ def _exported_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[CampaignFo
 
 
 @pytest.fixture
-def exported(_exported_once: tuple[CampaignFolder, list[str]], tmp_path: Path) -> tuple[CampaignFolder, list[Path]]:
+def exported(exported_once: tuple[CampaignFolder, list[str]], tmp_path: Path) -> tuple[CampaignFolder, list[Path]]:
     """A copy of such a campaign, its point at 0.8 exported in every format, and the files as `export` returned them."""
-    folder, names = _exported_once
+    folder, names = exported_once
     copy = CampaignFolder(Path(shutil.copytree(folder.path, tmp_path / "exported")))
     return copy, [copy.export / name for name in names]

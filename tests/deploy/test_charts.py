@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.charts import frontier_image, frontier_png, learning_image, learning_png
+from deploy.canvas import Form
+from deploy.charts import frontier_image, frontier_png, learning_image, learning_png, throughput_image
+from deploy.published import Published
 
 RESULT = {
     "baseline": {"val_accuracy": 0.818, "test_accuracy": 0.813, "parameters": 900_000, "macs": 20_000_000},
@@ -65,9 +67,37 @@ def test_each_group_shows_in_its_colour(records: list[dict[str, Any]]) -> None:
 
 
 def test_the_dark_pictures_are_dark_and_the_light_ones_light(records: list[dict[str, Any]]) -> None:
-    assert pixels(frontier_image(records, RESULT, dark=True)).mean() < 80
-    assert pixels(learning_image(records, dark=True)).mean() < 80
+    dark = Form(dark=True)
+    assert pixels(frontier_image(records, RESULT, form=dark)).mean() < 80
+    assert pixels(learning_image(records, form=dark)).mean() < 80
+    assert pixels(throughput_image(records, form=dark)).mean() < 80
     assert pixels(frontier_image(records, RESULT)).mean() > 200
+
+
+def test_the_pictures_for_phones_are_narrower_than_high(records: list[dict[str, Any]]) -> None:
+    narrow = Form(narrow=True)
+    pictures = (
+        frontier_image(records, RESULT, form=narrow),
+        learning_image(records, form=narrow),
+        throughput_image(records, form=narrow),
+    )
+    for png in pictures:
+        height, width, _ = pixels(png).shape
+        assert width < height
+
+
+def test_published_points_and_heuristics_of_the_search_add_to_the_picture(records: list[dict[str, Any]]) -> None:
+    bare = frontier_image(records, RESULT)
+    assert frontier_image(records, RESULT, published=[Published(who="they", compression=0.93, accuracy=0.8)]) != bare
+    assert frontier_image([{**record, "policy": "gamma"} for record in records], RESULT) != bare
+
+
+def test_each_actor_has_a_line_of_its_own(records: list[dict[str, Any]]) -> None:
+    actors = [{**record, "actor": f"actor-{record['id'] % 2}"} for record in records]
+    png = throughput_image(actors)
+    assert has_colour(png, "#D55E00")
+    assert has_colour(png, "#0072B2")
+    assert not has_colour(throughput_image(records), "#0072B2")
 
 
 def test_the_result_adds_to_the_picture(records: list[dict[str, Any]]) -> None:
@@ -85,6 +115,7 @@ def test_a_collapsed_episode_hurts_no_picture(records: list[dict[str, Any]]) -> 
     records[0]["targets"] = [{**records[0]["targets"][0], "accuracy": None, "cross_entropy": None}]
     frontier_image(records, RESULT)
     learning_image(records)
+    throughput_image([{**records[0], "seconds": 0.0}])
 
 
 def test_no_other_module_of_ours_imports_matplotlib_or_ray_at_once() -> None:

@@ -1,6 +1,7 @@
 """The report says what result.json says, escapes what it shows, and is honest about who won."""
 
 import base64
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -8,13 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from deploy import charts
 from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.frontier import Comparison
 from deploy.report import comparison_sentence, verdict_sentence, write_report
 from env.errors import UserError
 
 EVIL = '<script>alert("x")</script>&'
+
+
+@pytest.fixture(autouse=True)
+def _pictures_not_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thirteen pictures a report take seconds; test_charts.py and test_report_in_browser.py look at real ones."""
+    dot = io.BytesIO()
+    Image.new("1", (1, 1)).save(dot, "PNG")
+    monkeypatch.setattr(charts, "png", lambda figure, form: dot.getvalue())
 
 
 @pytest.fixture
@@ -158,8 +169,10 @@ def test_every_group_stands_in_the_table_of_each_target(finished: CampaignFolder
 
 def test_the_report_needs_no_other_file_and_no_network(finished: CampaignFolder) -> None:
     text = write_report(finished).read_text()
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in text
     links = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
-    assert len(links) == 4
+    assert len(links) == 1 + 3 * 4  # an empty icon, and three pictures in light and dark, for desk and phone
+    assert links.pop(0) == "data:,"
     for link in links:
         kind, data = link.split(",", 1)
         assert kind == "data:image/png;base64"
@@ -167,6 +180,48 @@ def test_the_report_needs_no_other_file_and_no_network(finished: CampaignFolder)
     assert "prefers-color-scheme: dark" in text
     assert 'name="viewport"' in text
     assert finished.frontier_png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_was_kept_of_each_layer_is_shown_where_it_was_exported(finished: CampaignFolder) -> None:
+    assert "layer by layer" not in write_report(finished).read_text()
+    layers = [
+        {"name": f"conv{EVIL}", "modules": [], "before": 6, "after": 3, "kept": [0, 1, 5]},
+        {"name": "later", "modules": [], "before": 7, "after": 2, "kept": None},
+    ]
+    finished.export.mkdir()
+    write_json(finished.export / "0.95.json", {"layers": layers})
+    text = write_report(finished).read_text()
+    table = next(table for table in Tables(text).tables if table[0][0] == "layer")
+    assert [row[:3] for row in table[1:]] == [[f"conv{EVIL}", "3 of 6", "50 %"], ["later", "2 of 7", "29 %"]]
+    assert "95.0 % removed: 5 of 13 filters kept" in text
+    assert 'd="M0 0h2v1h-2zM5 0h1v1h-1z"' in text
+    assert 'd="M0 0h2v1h-2z"' in text  # nobody knows which two: the first
+
+
+def test_throughput_stands_by_actor(finished: CampaignFolder) -> None:
+    page = Tables(write_report(finished).read_text())
+    table = next(table for table in page.tables if table[0][0] == "actor")
+    assert table[1:] == [["a", "18", "144", "4 min", "4.8", "38.4"]]  # episodes of 8 steps and 12.5 s
+
+
+def test_where_the_time_went_is_said(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(99, "search") | {"phases": {"retrain": 6.0, "score": 2.0}}])
+    assert "Where the time went: retrain 75 %, score 25 %." in write_report(campaign).read_text()
+
+
+def test_published_points_are_shown_only_where_they_can_be_compared(finished: CampaignFolder) -> None:
+    assert "No published points are marked" in write_report(finished).read_text()
+    finished.campaign_toml.write_text("[network]\nname = 'vgg16'\n[data]\nsource = 'cifar10'\n")
+    text = write_report(finished).read_text()
+    assert "No published points are marked" not in text
+    table = next(table for table in Tables(text).tables if table[0][0] == "published by")
+    assert ["the source (2022)", "92.00 %", "92.45 %", "-1.07", ""] in table
+
+
+def test_a_broken_configuration_is_named(finished: CampaignFolder) -> None:
+    finished.campaign_toml.write_text("[network")
+    with pytest.raises(UserError, match=r"campaign\.toml"):
+        write_report(finished)
 
 
 def test_everything_shown_is_escaped(finished: CampaignFolder) -> None:

@@ -1,25 +1,19 @@
 """A real campaign on a local Ray, watched as its users do: on /metrics, by Prometheus, and in TensorBoard's files."""
 
-import contextlib
 import json
-import shutil
-import socket
-import subprocess
 import tempfile
 import time
 import urllib.error
-import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
-from dashboards import PROMETHEUS, RULES, alerts, metric_names, panel_queries
+from dashboards import alerts, metric_names, panel_queries
 from event_records import shown
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_server import HAVE_PROMETHEUS, asked, prometheus
 from tiny_campaign import LIMIT_S, environment, episodes, started, tiny, wait_until
 
 from actors.metrics import (
@@ -151,7 +145,7 @@ def test_the_panels_name_nothing_that_a_node_does_not_export(watched: Watched) -
     wait_until(lambda: not missing(), "every metric of the dashboard is exported", 30.0)
 
 
-@pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not on PATH (Debian: apt-get install)")
+@pytest.mark.skipif(not HAVE_PROMETHEUS, reason="prometheus is not on PATH (Debian: apt-get install)")
 def test_prometheus_answers_every_query_of_the_dashboard_and_the_alerts(watched: Watched, tmp_path: Path) -> None:
     with prometheus(watched.discovery, tmp_path) as url:
         wait_until(lambda: asked(url, "rate(ray_zeroout_env_steps_total[1m])"), "Prometheus has two scrapes", 60.0)
@@ -177,39 +171,3 @@ def test_tensorboard_is_shown_the_episodes_that_are_recorded(watched: Watched) -
     recorded = episodes(watched.out)[: len(steps)]
     assert [record["return"] for record in recorded] == [value for _, value in points["return"]]
     assert "loss" in shown(watched.out / "tensorboard" / "learner")
-
-
-@contextlib.contextmanager
-def prometheus(discovery: Path, folder: Path) -> Iterator[str]:
-    """Our configuration in a Prometheus of its own, that scrapes this campaign every second; its URL."""
-    config = yaml.safe_load(PROMETHEUS.read_text())
-    config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
-    config["rule_files"] = [str(RULES)]
-    config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(discovery)]}]
-    path = folder / "prometheus.yml"
-    path.write_text(yaml.safe_dump(config))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    options = [f"--config.file={path}", f"--web.listen-address={address}", f"--storage.tsdb.path={folder / 'data'}"]
-    with (folder / "log").open("wb") as log:
-        server = subprocess.Popen(["prometheus", *options], stdout=log, stderr=log)
-    try:
-        yield f"http://{address}/api/v1/query"
-    finally:
-        server.terminate()
-        server.wait()
-
-
-def asked(url: str, query: str) -> list[dict[str, Any]]:
-    """The result of an instant query, empty while the server is not up; AssertionError where it does not parse."""
-    try:
-        with urllib.request.urlopen(f"{url}?{urllib.parse.urlencode({'query': query})}", timeout=10) as answer:
-            result: list[dict[str, Any]] = json.load(answer)["data"]["result"]
-            return result
-    except urllib.error.HTTPError as error:
-        if error.code == 503:  # it is still starting
-            return []
-        raise AssertionError(f"{query}: {error.read().decode()}") from error
-    except urllib.error.URLError:
-        return []
