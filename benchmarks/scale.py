@@ -50,7 +50,7 @@ from learner.replay.replay import ReplayConfig
 from learner.sequence import SequenceConfig
 
 RESULTS = Path(__file__).parent / "results"
-ACTORS = (1, 8, 32, 64, 128, 256, 512)
+ACTORS = (1, 8, 32, 64, 128, 512)
 RATIOS = (ReplayConfig().replay_ratio, 1.0)
 ALONE = 4  # actors with a process of their own; all others are threads
 SHARED = 4  # processes that hold those
@@ -228,7 +228,7 @@ def measured_point(running: Simulation, actors: int) -> dict[str, Any]:
     running.take()
     before = running.counters()
     samples: list[Sample] = []
-    least = max(1, math.ceil(3 / actors))  # whole episodes of each actor
+    least = max(1, math.ceil(2 / actors))  # whole episodes of each actor
     while time.monotonic() - before["wall"] < (least + 2) * running.episode_s + PATIENCE_S:
         time.sleep(POLL_S)
         samples += running.take()
