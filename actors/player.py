@@ -194,7 +194,8 @@ class Player:
             weights_version=self._version if chosen.policy == "controller" else 0,
             offsets=offsets,
         )
-        if ledger.complete(claimed, json.dumps(record), list(candidates(chosen, played, self.brief.form))):
+        networks = list(candidates(chosen, played, self.brief.form, best_score=ledger.best_score))
+        if ledger.complete(claimed, json.dumps(record), networks):
             self.metrics.add(PLAYER_EPISODES)
         return record
 
