@@ -52,8 +52,8 @@ from learner.sequence import SequenceConfig
 RESULTS = Path(__file__).parent / "results"
 ACTORS = (1, 8, 32, 64, 128, 512)
 RATIOS = (ReplayConfig().replay_ratio, 1.0)
-ALONE = 4  # actors with a process of their own; all others are threads
-SHARED = 4  # processes that hold those
+ALONE = 2  # actors with a process of their own; all others are threads
+SHARED = max(2, os.cpu_count() or 1)  # processes that hold those: Python runs one thread of each at a time
 EPISODES = 200_000  # of the campaign: more than are ever played here
 FULL = 0.95  # of the cores busy, or of the learner's time
 LINEAR, OVERHEAD_MS, GPUS = 0.95, 5.0, 1000

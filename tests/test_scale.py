@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny_campaign import ROOT, environment
 
-from benchmarks.scale import episodes_per_s, housing, is_full, needed, of_linear
+from benchmarks.scale import SHARED, episodes_per_s, housing, is_full, needed, of_linear
 from benchmarks.scale_workers import Clock, Sample, Work
 from env.compression import EpisodeConfig
 
@@ -80,9 +80,9 @@ def test_where_an_actor_ended_nothing_what_all_ended_counts() -> None:
     assert episodes_per_s([[2.0], []], 30, 10.0) == 3.0
 
 
-def test_the_first_four_actors_live_alone_and_the_others_four_by_four_in_four_processes() -> None:
-    assert [housing(actor) for actor in range(9)] == [0, 1, 2, 3, 4, 4, 4, 4, 5]
-    assert [housing(actor) for actor in (16, 19, 20)] == [7, 7, 4]
+def test_the_first_two_actors_live_alone_and_the_others_four_by_four_in_shared_processes() -> None:
+    assert [housing(actor) for actor in range(7)] == [0, 1, 2, 2, 2, 2, 3]
+    assert [housing(2 + 4 * turn) for turn in (SHARED - 1, SHARED, SHARED + 1)] == [1 + SHARED, 2, 3]
 
 
 def test_linear_is_by_the_first_point() -> None:
