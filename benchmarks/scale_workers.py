@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import signal
 import tempfile
 import threading
 import time
@@ -476,6 +477,7 @@ class _Timings:
 
 
 def _prepare() -> None:
-    """As actors/ray_actors.py prepares its processes, with one thread of torch."""
+    """As actors/ray_actors.py prepares its processes, with one thread of torch; Ctrl+C is for who started them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     keep_freed_memory()
