@@ -35,12 +35,13 @@ def candidates(
     `best_score` knows what a slot holds already: a network that is no better is left out.
     """
     for point in _measured(played):
-        best = best_score(slot(chosen.group, point.target))
-        if best is not None and -point.metrics.cross_entropy <= best:
+        name, score = slot(chosen.group, point.target), -point.metrics.cross_entropy
+        best = best_score(name)
+        if best is not None and score <= best:
             continue
         yield Candidate(
-            slot=slot(chosen.group, point.target),
-            score=-point.metrics.cross_entropy,
+            slot=name,
+            score=score,
             payload=network_to_bytes(point.body.network, form),
             meta=json.dumps({"episode": chosen.episode, "policy": chosen.policy}),
         )
