@@ -55,7 +55,7 @@ RATIOS = (ReplayConfig().replay_ratio, 1.0)
 ALONE = 2  # actors with a process of their own; all others are threads
 SHARED = max(2, os.cpu_count() or 1)  # processes that hold those: Python runs one thread of each at a time
 EPISODES = 200_000  # of the campaign: more than are ever played here
-FULL = 0.95  # of the cores busy, or of the learner's time
+FULL, WAITING = 0.95, 0.1  # of the cores' time used, of the actors' time waited for the learner
 LINEAR, OVERHEAD_MS, GPUS = 0.95, 5.0, 1000
 POLL_S, PATIENCE_S = 0.5, 20.0
 
@@ -83,7 +83,8 @@ updates an episode, and is full before anything else; a sweep ends where it is, 
   late           how much longer the sleeps of a step were than asked for: also queueing
   idle           share of wall time in which the learner had nothing to do, by its own metric
   cores          CPU seconds a second: of the actors, the learner, Redis, and of whatever else runs on this machine
-  full           {FULL:.0%} of the cores' time was used by somebody, or the learner was busy for {FULL:.0%} of its own
+  waiting        share of their time in which the replay's rate limiter held the actors back, for the learner
+  full           {FULL:.0%} of the cores' time was used by somebody, or actors waited {WAITING:.0%} of theirs for the learner
 
 examples:
   python -m benchmarks.scale                       about ten minutes
@@ -326,10 +327,9 @@ def parts(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
 
 
 def is_full(point: Mapping[str, Any], cores: int) -> str:
-    """What is full at a point: "cores", "learner", or nothing."""
-    if sum(point["cores"].values()) >= FULL * cores:
-        return "cores"
-    return "learner" if point["idle"] <= 1 - FULL and point["waited_share"] > 0 else ""
+    """What is full at a point: "cores", "learner", "cores, learner", or nothing."""
+    full = {"cores": sum(point["cores"].values()) >= FULL * cores, "learner": point["waited_share"] >= WAITING}
+    return ", ".join(name for name, so in full.items() if so)
 
 
 def sweep(brief: SharedBrief, work: Work, actors: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -339,7 +339,7 @@ def sweep(brief: SharedBrief, work: Work, actors: Sequence[int]) -> tuple[list[d
         for number in actors:
             points.append(measured_point(running, number))
             print(line(points[-1], points[0]), flush=True)
-            if is_full(points[-1], os.cpu_count() or 1) == "learner":
+            if points[-1]["waited_share"] >= WAITING:
                 break
         records = [json.loads(text) for text in Services(brief, "driver").ledger.records(0)[-200:]]
     return points, records
@@ -356,13 +356,13 @@ def record_bytes(records: Sequence[Mapping[str, Any]]) -> float:
 
 
 def needed(point: Mapping[str, Any], learner: Mapping[str, Any], *, gpus: int, step_s: float) -> dict[str, float]:
-    """What `gpus` actors need that make a step in `step_s` seconds, overhead included.
+    """What `gpus` actors need that make a step in `step_s` seconds.
 
     Args:
         point: whose costs of a step and of Redis are taken.
         learner: whose updates and sequences are taken, with its `replay_ratio` and `batch_size`.
         gpus: actors.
-        step_s: an episode's seconds by its steps, so that the recovery at its end is in it.
+        step_s: what an episode sleeps by its steps, so that the recovery at its end is in it.
 
     """
     steps = gpus / step_s
@@ -514,7 +514,8 @@ def needs_page(run: Mapping[str, Any]) -> list[str]:
         "| updates/s | cores of the learner | cores of the actors |",
         "|" + "---|" * 10,
     ]
-    for need in run["needs"]:
+    needs = needs_of(run)
+    for need in needs:
         cells = [
             f"{need['step_s']:.2f}", f"{need['replay_ratio']:g}", f"{need['steps_per_s']:.0f}",
             f"{need['episodes_per_s']:.1f}", f"{need['redis_cores']:.2f}", f"{need['redis_in_mb_per_s']:.1f}",
@@ -522,7 +523,7 @@ def needs_page(run: Mapping[str, Any]) -> list[str]:
             f"{need['actor_cores']:.1f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
-    hourly = run["needs"][0]["episodes_per_s"] * 3600
+    hourly = needs[0]["episodes_per_s"] * 3600
     return [
         *lines,
         "",
@@ -553,10 +554,11 @@ def report(run: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *parts_page(last), *housing_page(last), *needs_page(run)])
 
 
-def needs_of(sweeps: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+def needs_of(run: Mapping[str, Any]) -> list[dict[str, float]]:
     """The rows of the last table: each replay ratio, with steps as long as here and ten times as short."""
+    sweeps = run["sweeps"]
     point = sweeps[-1]["points"][-1]
-    step_s = sweeps[-1]["points"][0]["episode_s"]["median"] / point["steps_per_episode"]
+    step_s = run["episode_s"] / point["steps_per_episode"]
     rows = []
     for length in (step_s, step_s / 10):
         for swept in sweeps:
@@ -620,7 +622,7 @@ def main() -> None:
             points, records = sweep(brief, work, given.actors)
             swept = {"replay_ratio": brief.replay.replay_ratio, "batch_size": brief.learner.batch_size}
             run["sweeps"].append({**swept, "points": points})
-    run["record_bytes"], run["needs"] = record_bytes(records), needs_of(run["sweeps"])
+    run["record_bytes"] = record_bytes(records)
     run["about"]["load at the end"] = round(os.getloadavg()[0], 1)
     run = json.loads(json.dumps(run))  # the page is made of nothing but what is stored
     page = report(run)

@@ -93,7 +93,8 @@ def test_cores_are_full_with_what_others_use_and_the_learner_where_actors_wait_f
     assert is_full(point(), 2) == ""
     assert is_full(point(), 1) == "cores"
     assert is_full(point(idle=0.01), 2) == ""
-    assert is_full(point(idle=0.01, waited_share=0.1), 2) == "learner"
+    assert is_full(point(waited_share=0.1), 2) == "learner"
+    assert is_full(point(waited_share=0.1), 1) == "cores, learner"
 
 
 def test_what_a_thousand_actors_need_by_hand() -> None:
