@@ -84,7 +84,7 @@ updates an episode, and is full before anything else; a sweep ends where it is, 
   idle           share of wall time in which the learner had nothing to do, by its own metric
   cores          CPU seconds a second: of the actors, the learner, Redis, and of whatever else runs on this machine
   waiting        share of their time in which the replay's rate limiter held the actors back, for the learner
-  full           {FULL:.0%} of the cores' time was used by somebody, or actors waited {WAITING:.0%} of theirs for the learner
+  full           {FULL:.0%} of the cores' time was used by somebody, or {WAITING:.0%} of the actors' was such waiting
 
 examples:
   python -m benchmarks.scale                       about ten minutes
@@ -241,7 +241,7 @@ def measured_point(running: Simulation, actors: int) -> dict[str, Any]:
     ended = [sample for sample in samples if sample.ended <= after["wall"]]
     if not whole:
         raise RuntimeError(f"no episode of {actors} actors ended in {grown['wall']:.0f} s: the machine is too loaded")
-    return row(actors, whole, len(ended), grown)
+    return row(actors, whole, ended, grown)
 
 
 def by_actor(samples: Sequence[Sample], actors: int) -> list[list[Sample]]:
@@ -262,10 +262,10 @@ def episodes_per_s(seconds: Sequence[Sequence[float]], ended: int, wall_s: float
     return ended / wall_s
 
 
-def row(actors: int, whole: Sequence[Sample], ended: int, grown: Mapping[str, float]) -> dict[str, Any]:
-    """What is kept of a point: figures of a step in milliseconds, of its whole episode."""
+def row(actors: int, whole: Sequence[Sample], ended: Sequence[Sample], grown: Mapping[str, float]) -> dict[str, Any]:
+    """What is kept of a point, of the episodes that lie in its time `whole`, and of all that `ended` in it."""
     wall_s = grown["wall"]
-    rate = episodes_per_s([[s.seconds for s in mine] for mine in by_actor(whole, actors)], ended, wall_s)
+    rate = episodes_per_s([[s.seconds for s in mine] for mine in by_actor(whole, actors)], len(ended), wall_s)
     steps = rate * wall_s * statistics.mean(sample.steps for sample in whole)
     ours = sum(grown[name] for name in ("actors", "learner", "redis"))
     return {
@@ -280,7 +280,7 @@ def row(actors: int, whole: Sequence[Sample], ended: int, grown: Mapping[str, fl
         "orchestration_ms": asdict(Spread.of([1e3 * sample.orchestration_s(0) for sample in whole])),
         "orchestration_cpu_ms": asdict(Spread.of([1e3 * sample.orchestration_s(1) for sample in whole])),
         "late_ms": asdict(Spread.of([1e3 * sample.clock.late / sample.steps for sample in whole])),
-        "waited_share": sum(s.clock.waited for s in whole) / sum(s.seconds for s in whole),
+        "waited_share": sum(s.clock.waited for s in ended) / sum(s.seconds for s in ended),
         "parts": parts(whole),
         "housing": {
             kind: {
@@ -297,7 +297,7 @@ def row(actors: int, whole: Sequence[Sample], ended: int, grown: Mapping[str, fl
         "idle": grown["waited"] / wall_s,
         "updates_per_s": grown["updates"] / wall_s,
         "cpu_ms_per_update": 1e3 * grown["learner"] / grown["updates"] if grown["updates"] else math.nan,
-        "sequences_per_episode": grown["sequences"] / max(ended, 1),
+        "sequences_per_episode": grown["sequences"] / len(ended),
         "cores": {
             **{name: grown[name] / wall_s for name in ("actors", "learner", "redis")},
             "others": max(0.0, grown["busy"] - ours) / wall_s,
