@@ -239,9 +239,9 @@ def measured_point(running: Simulation, actors: int) -> dict[str, Any]:
     after = running.counters()
     grown = {name: after[name] - before[name] for name in before}
     ended = [sample for sample in samples if sample.ended <= after["wall"]]
-    if not whole:
+    if not ended:
         raise RuntimeError(f"no episode of {actors} actors ended in {grown['wall']:.0f} s: the machine is too loaded")
-    return row(actors, whole, ended, grown)
+    return row(actors, whole or ended, ended, grown)
 
 
 def by_actor(samples: Sequence[Sample], actors: int) -> list[list[Sample]]:
@@ -263,7 +263,10 @@ def episodes_per_s(seconds: Sequence[Sequence[float]], ended: int, wall_s: float
 
 
 def row(actors: int, whole: Sequence[Sample], ended: Sequence[Sample], grown: Mapping[str, float]) -> dict[str, Any]:
-    """What is kept of a point, of the episodes that lie in its time `whole`, and of all that `ended` in it."""
+    """What is kept of a point, from the episodes that lie in its time as a `whole`, and all that `ended` in it.
+
+    Where actors wait long enough, none is whole, and those that ended stand for them.
+    """
     wall_s = grown["wall"]
     rate = episodes_per_s([[s.seconds for s in mine] for mine in by_actor(whole, actors)], len(ended), wall_s)
     steps = rate * wall_s * statistics.mean(sample.steps for sample in whole)
