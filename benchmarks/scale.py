@@ -229,7 +229,7 @@ def measured_point(running: Simulation, actors: int) -> dict[str, Any]:
     running.take()
     before = running.counters()
     samples: list[Sample] = []
-    least = max(1, math.ceil(2 / actors))  # whole episodes of each actor
+    least = max(1, math.ceil(3 / actors))  # whole episodes of each actor
     while time.monotonic() - before["wall"] < (least + 2) * running.episode_s + PATIENCE_S:
         time.sleep(POLL_S)
         samples += running.take()
