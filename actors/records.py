@@ -4,7 +4,7 @@ import base64
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,25 @@ def slot(group: str, target: float) -> str:
     return f"{group}/{target}"
 
 
-def candidates(chosen: EpisodeOrder, played: Rollout, form: NetworkForm) -> Iterator[Candidate]:
-    """The episode's networks; the lower the cross-entropy on validation, the better."""
+def candidates(
+    chosen: EpisodeOrder,
+    played: Rollout,
+    form: NetworkForm,
+    *,
+    best_score: Callable[[str], float | None] = lambda slot: None,
+) -> Iterator[Candidate]:
+    """The episode's networks; the lower the cross-entropy on validation, the better.
+
+    `best_score` knows what a slot holds already: a network that is no better is left out.
+    """
     for point in _measured(played):
+        name, score = slot(chosen.group, point.target), -point.metrics.cross_entropy
+        best = best_score(name)
+        if best is not None and score <= best:
+            continue
         yield Candidate(
-            slot=slot(chosen.group, point.target),
-            score=-point.metrics.cross_entropy,
+            slot=name,
+            score=score,
             payload=network_to_bytes(point.body.network, form),
             meta=json.dumps({"episode": chosen.episode, "policy": chosen.policy}),
         )

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ def require_candidates(folder: CampaignFolder, config: CampaignConfig) -> None:
         )
 
 
-def write_frontier(folder: CampaignFolder, config: CampaignConfig) -> None:
-    """Write frontier.json from the episodes that are recorded."""
-    rows = frontier(folder.read_episodes(), config.episode.targets)
+def write_frontier(folder: CampaignFolder, config: CampaignConfig, records: Sequence[dict[str, Any]]) -> None:
+    """Write frontier.json from all episodes that are recorded; whoever has them read need not read them again."""
+    rows = frontier(records, config.episode.targets)
     write_json(folder.frontier_json, {"episodes_total": config.search.total, "targets": rows})

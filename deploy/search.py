@@ -83,7 +83,7 @@ def search(
                 progress=progress,
             )
             _play_on_ray(folder, config, dataset, opened, progress)
-    write_frontier(folder, config)
+    write_frontier(folder, config, folder.read_episodes())
 
 
 def _play_on_ray(
@@ -334,7 +334,7 @@ class Watch:
             _keep_candidates(self.ledger, self.folder, self.config)
             self.folder.append_episode(fresh)
             self.records += fresh
-            write_frontier(self.folder, self.config)
+            write_frontier(self.folder, self.config, self.records)
             self.telemetry.episodes(fresh)
 
     def _revive(self) -> None:
@@ -386,10 +386,13 @@ class Watch:
         played, total = len(self.records) - self.before, self.config.search.total
         left = (total - len(self.records)) * elapsed / played if played else None
         learner = beats.get("learner", {})
+        spent: dict[str, list[float]] = {name: [] for name in self.workers}
+        for record in self.records:  # once for all actors: of both there may be thousands
+            spent.setdefault(record["actor"], []).append(record["seconds"])
         return SearchSnapshot(
             done=len(self.records),
             total=total,
-            actors=[self._actor_line(name, beats.get(name, {})) for name in self.workers if name != "learner"],
+            actors=[_actor_line(name, spent[name], beats.get(name, {})) for name in self.workers if name != "learner"],
             learner_updates=learner.get("updates", 0),
             learner_loss=learner.get("loss"),
             replay_size=learner.get("replay", 0),
@@ -415,12 +418,13 @@ class Watch:
     def _beats(self) -> dict[str, str]:
         return retrying(self.ledger.beats, _OUTAGE_S, url=self.brief.redis_url)
 
-    def _actor_line(self, name: str, beat: dict[str, Any]) -> ActorLine:
-        mine = [record for record in self.records if record["actor"] == name]
-        busy = sum(record["seconds"] for record in mine)
-        state = f"episode {beat['episode']}, step {beat['step']}" if beat else "starting"
-        rate = 60.0 * len(mine) / busy if busy else 0.0
-        return ActorLine(name=name, episodes=len(mine), episodes_per_minute=rate, state=state)
+
+def _actor_line(name: str, seconds: list[float], beat: dict[str, Any]) -> ActorLine:
+    """An actor with the seconds of each of its episodes, and its newest heartbeat."""
+    busy = sum(seconds)
+    state = f"episode {beat['episode']}, step {beat['step']}" if beat else "starting"
+    rate = 60.0 * len(seconds) / busy if busy else 0.0
+    return ActorLine(name=name, episodes=len(seconds), episodes_per_minute=rate, state=state)
 
 
 def _best(records: list[dict[str, Any]], targets: tuple[float, ...]) -> list[tuple[float, str, float, float]]:

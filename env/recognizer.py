@@ -4,7 +4,6 @@ What is the same in every episode (the baseline, its plan, the images) stands in
 changes stands in `Body`, a small value that is replaced, never mutated.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from env.augment import normalise
-from env.channels import ChannelPlan
+from env.channels import ChannelPlan, duplicate
 from env.data import DataConfig, Dataset
 from env.importance import log_scores
 from env.measure import Measure
@@ -81,7 +80,7 @@ class Recognizer:
 
     def full(self) -> Body:
         """The baseline, nothing removed."""
-        return Body(copy.deepcopy(self.network), torch.ones(self.plan.units, dtype=torch.bool))
+        return Body(duplicate(self.network), torch.ones(self.plan.units, dtype=torch.bool))
 
     def zero(self, body: Body, keep_mask: Tensor) -> Body:
         """Remove the filters outside `keep_mask` (bool [F], within body's) for good."""
@@ -129,7 +128,7 @@ class Recognizer:
 
     def recovered(self, body: Body, config: Retraining, *, seed: int) -> Body:
         """A copy of body after retraining; body itself is unchanged."""
-        copied = replace(body, network=copy.deepcopy(body.network))
+        copied = replace(body, network=duplicate(body.network))
         self.retrain(copied, config, seed=seed)
         return copied
 

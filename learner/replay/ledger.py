@@ -164,6 +164,11 @@ class Ledger:
         found = self._run("best", slot)
         return None if found is None else Candidate(slot, float(found[0]), found[1], found[2].decode())
 
+    def best_score(self, slot: str) -> float | None:
+        """Return the score of `best(slot)` without its payload, or None: what is no better need not be sent."""
+        found: Any = self._client.hget(self._keys[7], slot)
+        return None if found is None else float(found)
+
     def slots(self) -> list[str]:
         """Return the slots that have a candidate, sorted."""
         found: Any = self._client.hkeys(self._keys[7])

@@ -6,7 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from env.compact_file import network_from_bytes
 from env.data import Dataset
 from env.retraining import Metrics
 from learner.replay.codec import seal
-from learner.replay.ledger import Ledger
+from learner.replay.ledger import Candidate, Ledger
 from learner.replay.replay import Replay
 from learner.replay.weights import WeightStore
 from learner.sequence import collate
@@ -114,6 +114,26 @@ def test_a_records_targets_say_which_filters_are_kept_and_what_that_costs(
         assert json.loads(best.meta) == {"episode": 0, "policy": "taylor"}
         network = network_from_bytes(best.payload, brief.form)
         assert sum(parameter.numel() for parameter in network.parameters()) == point["parameters"]
+
+
+def test_only_networks_that_are_better_than_the_best_are_sent(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = Player("actor-0", brief, dataset)
+    best = {"search/0.5": -1e9, "search/0.8": 1.0}  # one that everybody beats, one that nobody does
+    for number, (slot, score) in enumerate(best.items()):
+        ledger.complete(5 - number, json.dumps({"id": 5 - number}), [Candidate(slot, score, b"best", "{}")])
+    sent: list[Candidate] = []
+    complete = player.services.ledger.complete
+
+    def noted(episode: int, record: str, candidates: Sequence[Candidate] = ()) -> bool:
+        sent.extend(candidates)
+        return complete(episode, record, candidates)
+
+    monkeypatch.setattr(player.services.ledger, "complete", noted)
+    played(player)
+    assert [candidate.slot for candidate in sent] == ["search/0.5"]
+    assert ledger.best("search/0.8") == Candidate("search/0.8", 1.0, b"best", "{}")
 
 
 @pytest.mark.parametrize(("observation", "kinds"), [("features", 3), ("mask", 0)])

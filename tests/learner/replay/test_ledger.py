@@ -102,11 +102,13 @@ def test_records_come_in_the_order_of_completion(ledger: Ledger) -> None:
 
 def test_the_best_candidate_of_each_slot_stays(ledger: Ledger) -> None:
     assert ledger.best("80") is None
+    assert ledger.best_score("80") is None
     ledger.complete(0, _record(0), [Candidate("80", -1e-300, b"\x00\xff", "m"), Candidate("90", 0.1 + 0.2, b"", "")])
     ledger.complete(1, _record(1), [Candidate("80", 1e-300, b"new", "n"), Candidate("90", 0.3, b"lower", "")])
     ledger.complete(2, _record(2), [Candidate("80", 1e-300, b"equal", "n")])
     assert ledger.best("80") == Candidate("80", 1e-300, b"new", "n")
     assert ledger.best("90") == Candidate("90", 0.1 + 0.2, b"", "")
+    assert (ledger.best_score("80"), ledger.best_score("90")) == (1e-300, 0.1 + 0.2)
     ledger.open("config-1", 5)
     ledger.complete(3, _record(3), [Candidate("95", 9.0, b"nine", "")])
     ledger.complete(4, _record(4), [Candidate("95", 10.0, b"ten", "")])  # as numbers, not as text
