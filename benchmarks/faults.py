@@ -6,6 +6,7 @@
 import argparse
 import contextlib
 import json
+import math
 import os
 import random
 import resource
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -258,7 +259,7 @@ class Watcher:
         saved = max((int(path.name[7:15]) for path in self.campaign.out.glob("checkpoints/update-*")), default=0)
         self.updates_lost = max(self.updates_lost, self.updates - saved)
 
-    def went_on(self, since: float, workers: list[str]) -> bool:
+    def went_on(self, since: float, workers: Sequence[str]) -> bool:
         """Whether each of the workers was seen to go on after `since`."""
         return all(any(moment > since for moment in self.steps.get(name, [])) for name in workers)
 
@@ -399,8 +400,9 @@ FAULTS: dict[str, Callable[[Scene], float]] = {
     "ctrl-c": interrupt_driver_twice,
     "disk": fill_disk,
 }
-#: Who has to go on after it.
-CONCERNED = {"learner": ["actor-0", "actor-1", "learner"]}
+PLAYERS = ("actor-0", "actor-1")
+#: Who has to go on after it; the players, where it is not said.
+CONCERNED = {"learner": (*PLAYERS, "learner")}
 
 
 def kill_process(luck: random.Random, title: str) -> None:
@@ -444,14 +446,14 @@ def wait_until(condition: Callable[[], object], what: str) -> None:
 
 
 def suffer(
-    name: str, made: Any, folder: Path, *, moments: int, episodes: int, seed: int, outage_s: float
+    faults: Sequence[str], made: Any, folder: Path, *, episodes: int, seed: int, outage_s: float
 ) -> dict[str, Any]:
-    """Play a campaign in which a fault happens at so many random moments; what was lost.
+    """Play a campaign in which these faults happen, one after the other, at random moments; what was lost.
 
     Raises LostError where it does not finish, or an episode is missing or there twice.
     """
     folder.mkdir(parents=True)
-    luck = random.Random(f"{name} {seed}")
+    luck = random.Random(f"{faults} {seed}")
     server = Server(folder)
     campaign = Campaign(folder, server, made.address, episodes)
     back: list[float] = []
@@ -459,12 +461,12 @@ def suffer(
         campaign.run()
         with Watcher(campaign) as watcher:
             scene = Scene(campaign, watcher, made, luck, outage_s)
-            for moment in sorted(luck.sample(range(1, episodes // 2), moments)):
+            moments = sorted(luck.sample(range(1, episodes // 2), len(faults)))
+            for fault, moment in zip(faults, moments, strict=True):
                 campaign.wait_for(moment)
                 time.sleep(luck.uniform(0.0, 1.0))
-                back.append(
-                    seconds_until_back(watcher, FAULTS[name](scene), CONCERNED.get(name, ["actor-0", "actor-1"]))
-                )
+                gone = FAULTS[fault](scene)
+                back.append(seconds_until_back(watcher, gone, CONCERNED.get(fault, PLAYERS)))
             status = campaign.wait()
         if status:
             raise LostError(f"the driver ended with {status}:\n{campaign.log}")
@@ -472,11 +474,10 @@ def suffer(
         if sorted(recorded) != list(range(episodes)):
             raise LostError(f"expected the episodes 0 to {episodes - 1} once each, got {sorted(recorded)}")
         return {
-            "fault": name,
-            "times": moments,
+            "faults": list(faults),
             "episodes": episodes,
             "recorded": len(recorded),
-            "updates": read_json(campaign.out / "result.json").get("updates", watcher.updates),
+            "updates": watcher.updates,
             "updates_lost": watcher.updates_lost,
             "rises": watcher.rises,
             "back_s": [round(seconds, 1) for seconds in back],
@@ -486,12 +487,13 @@ def suffer(
         server.kill()
 
 
-def seconds_until_back(watcher: Watcher, since: float, workers: list[str]) -> float:
+def seconds_until_back(watcher: Watcher, since: float, workers: Sequence[str]) -> float:
     """From the moment that the cause is gone until all workers have gone on; NaN where the campaign ended before."""
     campaign = watcher.campaign
     wait_until(lambda: watcher.went_on(since, workers) or campaign.ended(), f"{workers} go on")
-    moments = [min((m for m in watcher.steps.get(name, []) if m > since), default=float("nan")) for name in workers]
-    return max(moments) - since
+    if not watcher.went_on(since, workers):
+        return math.nan
+    return max(min(moment for moment in watcher.steps[name] if moment > since) for name in workers) - since
 
 
 def page(rows: list[dict[str, Any]], command: str) -> str:
@@ -511,9 +513,9 @@ def page(rows: list[dict[str, Any]], command: str) -> str:
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
-        back = ", ".join("ended before" if seconds != seconds else f"{seconds:.1f}" for seconds in row["back_s"])
+        back = ", ".join("ended before" if math.isnan(seconds) else f"{seconds:.1f}" for seconds in row["back_s"])
         lines.append(
-            f"| {row['fault']} | {row['times']} | {row['recorded']} of {row['episodes']} "
+            f"| {row['faults'][0]} | {len(row['faults'])} | {row['recorded']} of {row['episodes']} "
             f"| {row['updates_lost']} of {row['updates']} | {row['rises']} times | {back} |"
         )
     return "\n".join([*lines, ""])
@@ -539,8 +541,8 @@ def main() -> None:
         for name in given.faults:
             rows.append(
                 suffer(
-                    name, made, Path(folder) / name,
-                    moments=given.moments, episodes=given.episodes, seed=given.seed, outage_s=given.outage_s,
+                    [name] * given.moments, made, Path(folder) / name,
+                    episodes=given.episodes, seed=given.seed, outage_s=given.outage_s,
                 )
             )  # fmt: skip
             print(rows[-1], flush=True)
