@@ -66,7 +66,7 @@ batch_size = 64
 targets = [0.5, 0.8]
 waypoints = 4
 batch_size = 32
-step_minibatches = 24
+step_minibatches = 64
 recovery_minibatches = 8
 score_images = 64
 step_images = 100
@@ -309,13 +309,13 @@ class Scene:
 
 def kill_actor(scene: Scene) -> float:
     """Return when its cause is gone, as all faults do: at once, since Ray starts the process again."""
-    kill_process(scene.luck, "ray::EpisodeActor")
+    kill_process(scene, "ray::EpisodeActor")
     return time.monotonic()
 
 
 def kill_learner(scene: Scene) -> float:
     """See `kill_actor`."""
-    kill_process(scene.luck, "ray::Learner")
+    kill_process(scene, "ray::Learner")
     scene.watcher.learner_gone()
     return time.monotonic()
 
@@ -405,10 +405,14 @@ PLAYERS = ("actor-0", "actor-1")
 CONCERNED = {"learner": (*PLAYERS, "learner")}
 
 
-def kill_process(luck: random.Random, title: str) -> None:
+def kill_process(scene: Scene, title: str) -> None:
     """kill -9 one of those with this title that this process's cluster has."""
-    wait_until(lambda: processes(title), f"{title} runs")
-    os.kill(luck.choice(processes(title)), signal.SIGKILL)
+    done = scene.campaign.out / "result.json"
+    wait_until(lambda: processes(title) or done.is_file(), f"{title} runs")
+    found = processes(title)
+    if not found:
+        raise LostError(f"the campaign was over before {title} could be killed: give it more episodes")
+    os.kill(scene.luck.choice(found), signal.SIGKILL)
 
 
 def processes(title: str) -> list[int]:

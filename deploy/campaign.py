@@ -12,6 +12,7 @@ from deploy.formats import FORMATS
 from deploy.limit import within_drop
 from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress
+from deploy.ray_address import check_ray_address
 from deploy.recover import Recovery
 from deploy.report import write_report
 from deploy.search import search
@@ -33,6 +34,7 @@ def run_campaign(
     if redis_url:
         with contextlib.closing(connect(redis_url)) as client:
             check_server(client, redis_url)
+    check_ray_address(config.cluster.ray_address)
     progress.stage("prepare", "images")
     dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
     folder = CampaignFolder.create(out, dump(config), _resolved)

@@ -17,6 +17,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ign
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import Check
+from deploy.ray_address import check_ray_address, no_cluster
 from learner.replay.connection import connect, redact
 
 __all__ = ["cluster_checks"]
@@ -36,14 +37,15 @@ class NodeFindings:
 
 
 def cluster_checks(address: str, redis_url: str | None) -> Iterator[Check]:
-    """Look at a cluster that runs, and at each of its nodes; one that does not answer is a line too."""
+    """Look at a cluster that runs, and at each of its nodes; a node that does not answer is a line too.
+
+    Raises UserError where no cluster answers.
+    """
+    check_ray_address(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        detail = f"no answer at {address} ({str(error).splitlines()[0]})"
-        remedy = "ray start --head on the head node, then give --ray-address HOST:PORT (or auto, on a node of it)"
-        yield Check(name="cluster", ok=False, detail=detail, remedy=remedy)
-        return
+    except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
+        raise no_cluster(address, str(error).splitlines()[0]) from error
     try:
         nodes = ray.nodes()  # type: ignore[no-untyped-call]
         alive = [node for node in nodes if node["Alive"]]

@@ -34,6 +34,7 @@ from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
 from deploy.prepare import Baseline
 from deploy.progress import ActorLine, Progress, SearchSnapshot
+from deploy.ray_address import no_cluster
 from deploy.redis_server import EmbeddedServer
 from deploy.telemetry import Telemetry
 from env.compact_file import network_to_bytes
@@ -207,7 +208,10 @@ def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
     )
     # Ray lays handlers of its own over SIGTERM, which end the process at once; the one before is set again.
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    try:
+        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
+    except ConnectionError as error:
+        raise no_cluster(config.cluster.ray_address, str(error).splitlines()[0]) from error
     signal.signal(signal.SIGTERM, on_sigterm)
     if context.dashboard_url:
         progress.note(f"Ray dashboard: http://{context.dashboard_url}")

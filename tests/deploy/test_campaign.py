@@ -134,7 +134,7 @@ def test_actors_learner_and_server_killed_in_the_middle_lose_no_episode(
     config = tiny(tmp_path / "tiny.toml", episodes=total, step_minibatches=12)
     mask_only = "controller.observation=mask"  # the source's Controller, whose campaign must run as well
     with started(environment, log, "run", config, "--out", out, "--set", mask_only) as driver:
-        victims = ("ray::EpisodeActor", "ray::Learner", "valkey-server unixsocket", "ray::EpisodeActor")
+        victims = ("ray::EpisodeActor", "ray::Learner", "-server unixsocket", "ray::EpisodeActor")
         for count, victim in enumerate(victims):
             wait_until(lambda: len(episodes(out)) >= 2 + 3 * count or driver.poll() is not None, "episodes go on")  # noqa: B023
             assert driver.poll() is None, log.read_text()

@@ -1,0 +1,32 @@
+"""Where a Ray cluster is: looked at before Ray is, which tries an address that nobody answers for minutes."""
+
+import socket
+
+from env.errors import UserError
+
+__all__ = ["check_ray_address", "no_cluster"]
+
+_ANSWER_S = 5.0
+
+
+def check_ray_address(address: str) -> None:
+    """UserError unless something answers at HOST:PORT; what Ray finds by itself ("", "auto", "local") is left to it."""
+    if address in ("", "auto", "local"):
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise no_cluster(address, "no HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+    except (OSError, OverflowError) as error:
+        raise no_cluster(address, f"no answer ({error})") from error
+
+
+def no_cluster(address: str, got: str) -> UserError:
+    """What to say where there is none."""
+    return UserError(
+        f"--ray-address {address}",
+        expected="HOST:PORT of a Ray cluster that runs, or auto on a node of one",
+        got=got,
+        remedy="ray start --head there, or correct the address",
+    )
