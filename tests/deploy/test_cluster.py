@@ -53,7 +53,7 @@ def test_a_node_that_joins_later_is_given_a_player(made: Any, tmp_path: Path) ->
     node = made.list_all_nodes()[-1]
     made.remove_node(node)
     server = Server(tmp_path)
-    campaign = Campaign(tmp_path, server, made.address, 40)
+    campaign = Campaign(tmp_path, server, made.address, 20)
     try:
         campaign.run()
         with Watcher(campaign) as watcher:
@@ -63,7 +63,7 @@ def test_a_node_that_joins_later_is_given_a_player(made: Any, tmp_path: Path) ->
             wait_until(lambda: len(watcher.steps.keys() - {"learner"}) == 2, "the second player plays")
             assert campaign.wait() == 0, campaign.log
         assert len(before) == 1
-        assert sorted(campaign.recorded()) == list(range(40))
+        assert sorted(campaign.recorded()) == list(range(20))
     finally:
         campaign.end()
         server.kill()
@@ -83,7 +83,7 @@ def test_players_that_no_node_has_room_for_are_told_of(made: Any, tmp_path: Path
 
 def test_a_redis_that_was_emptied_is_noticed_and_gone_on_with_only_when_asked(made: Any, tmp_path: Path) -> None:
     server = Server(tmp_path)
-    campaign = Campaign(tmp_path, server, made.address, 24)
+    campaign = Campaign(tmp_path, server, made.address, 16)
     try:
         campaign.run()
         campaign.wait_for(4)
@@ -99,7 +99,7 @@ def test_a_redis_that_was_emptied_is_noticed_and_gone_on_with_only_when_asked(ma
         campaign.resume("--refill-replay")
         assert campaign.wait() == 0, campaign.log
         assert campaign.recorded()[: len(recorded)] == recorded
-        assert sorted(campaign.recorded()) == list(range(24))
+        assert sorted(campaign.recorded()) == list(range(16))
     finally:
         campaign.end()
         server.kill()
@@ -119,7 +119,8 @@ def test_the_doctor_looks_at_every_node(made: Any, tmp_path: Path) -> None:
         lines = doctor(made, server.url)
     finally:
         server.kill()
-    assert "ok    cluster: 3 nodes, 6 cores, 2 GPUs" in lines
+    # earlier tests have killed nodes, which Ray remembers
+    assert [line for line in lines if line.startswith("ok    cluster: 3 nodes, 6 cores, 2 GPUs")]
     nodes = [line for line in lines if " node 127.0.0.1 " in line]
     assert len([line for line in nodes if line.startswith("ok ") and "Python 3" in line and "Ray 2" in line]) == 3
     assert len([line for line in nodes if line.startswith("ok ") and line.endswith("redis is reached")]) == 3
