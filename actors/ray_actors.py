@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 import torch
+from ray.util.placement_group import get_current_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.metrics import PLAYER_SECONDS
@@ -82,7 +83,8 @@ def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace
         num_cpus=cpus,
         max_restarts=-1,
         max_task_retries=0,
-        scheduling_strategy="SPREAD",  # a node that is lost then takes few players with it
+        # Spread, a node that is lost takes few players with it; but a trial of Tune has reserved where its players go.
+        scheduling_strategy="SPREAD" if get_current_placement_group() is None else None,
     )
     return shell.remote(name, gpus, threads)
 

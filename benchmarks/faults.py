@@ -115,6 +115,8 @@ def cluster() -> Iterator[Any]:
     }
     from ray.cluster_utils import Cluster
 
+    # a shell has its background jobs, and all that they start, ignore Ctrl+C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     head = {"num_cpus": 2, "num_gpus": 0, "include_dashboard": False, "node_ip_address": "127.0.0.1"}
     made = Cluster(initialize_head=True, head_node_args=head)
     try:
