@@ -48,8 +48,9 @@ fault happens at seeded random moments:
             then `zeroout resume`
 
 What is looked at, from outside, ten times a second: the campaign finishes; every episode is recorded once; the best
-cross-entropy of no target ever rises; the learner's count of updates goes back by no more than checkpoint_period (as of its last heartbeat); and
-how long after the cause is gone every player has made another step (a learner that was killed: another update too).
+cross-entropy of no target ever rises; the learner's count of updates goes back by no more than checkpoint_period, as
+of its last heartbeat; and how long after the cause is gone every player has made another step (a learner that was
+killed: another update too).
 """
 
 UPDATES = 5  # checkpoint_period
