@@ -182,6 +182,7 @@ class SimulatedPlayer(Player):
         self.clock.timed(services.ledger, "renew and beat", "renew", "beat")
         once = ("stop_requested", "remaining", "claim", "best_score", "complete")  # an episode
         self.clock.timed(services.ledger, "claim and complete", *once)
+        self.clock.timed(services.ledger, "snapshot", "save", "snapshot")
         self.clock.timed(services.weights, "weights", "version")
         self.clock.timed(self, "weights", "_pull_weights")
         self.clock.timed(services.replay, "insert", "insert", "stats")
@@ -194,8 +195,8 @@ class SimulatedPlayer(Player):
         self.clock.timed(made, COMPACT, "zero", "full")
         return made
 
-    def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None) -> Policy:
-        policy = super()._policy(chosen, offsets)
+    def _policy(self, chosen: EpisodeOrder, offsets: np.ndarray | None, controller: Controller) -> Policy:
+        policy = super()._policy(chosen, offsets, controller)
         self.clock.timed(policy, "decide", "rank")
         return policy
 

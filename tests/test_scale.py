@@ -44,7 +44,8 @@ def test_the_real_command_with_tiny_numbers_prints_its_page() -> None:
     table = page.partition("## Replay ratio 4\n")[2].partition("\n## ")[0]
     rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ") and "actors" not in line]
     assert [row[0] for row in rows] == ["| 1", "| 5"]
-    assert all(0 < float(row[2]) < 5 for row in rows)  # an episode sleeps a quarter of a second
+    # an actor's episode sleeps a quarter of a second
+    assert all(0 < float(row[2]) < 4 * actors for actors, row in zip((1, 5), rows, strict=True))
     assert "decide" in page
     side_by_side = page.partition("## A thread beside a process\n")[2].partition("\n## ")[0]
     assert "| 5 | " in side_by_side
