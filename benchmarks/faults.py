@@ -23,6 +23,7 @@ from typing import Any
 
 import redis
 
+from benchmarks.processes import descendants
 from benchmarks.step import cpu_name
 from deploy.folder import CampaignFolder, read_json
 from deploy.redis_server import find_server
@@ -420,24 +421,7 @@ def kill_process(scene: Scene, title: str) -> None:
 
 def processes(title: str) -> list[int]:
     """Those below this process whose command line begins so."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found, waiting = list[int](), [os.getpid()]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        waiting += below
-        found += [pid for pid in below if command_line(pid).startswith(title)]
-    return sorted(found)
-
-
-def command_line(pid: int) -> str:
-    """Of a process; empty where it is gone."""
-    with contextlib.suppress(OSError):
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-    return ""
+    return sorted(pid for pid, line in descendants(os.getpid()).items() if line.startswith(title))
 
 
 def wait_until(condition: Callable[[], object], what: str) -> None:

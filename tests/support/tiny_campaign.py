@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.processes import command_line, descendants
+
 ROOT = Path(__file__).parents[2]
 TINY = """
 seed = 3
@@ -104,28 +106,6 @@ def kill_with_descendants(driver: subprocess.Popen[bytes]) -> None:
         lambda: not [pid for pid, line in started_by_it.items() if command_line(pid) == line],
         f"everything that the driver started is gone: {started_by_it}",
     )
-
-
-def command_line(pid: int) -> str:
-    """Of a process that runs; empty for one that is gone or a zombie."""
-    with contextlib.suppress(OSError):
-        return (Path("/proc") / str(pid) / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-    return ""
-
-
-def descendants(ancestor: int) -> dict[int, str]:
-    """The processes below one, with their command lines."""
-    children: dict[int, list[int]] = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            children.setdefault(parent, []).append(int(folder.name))
-    found, waiting = {}, [ancestor]
-    while waiting:
-        for pid in children.get(waiting.pop(), []):
-            found[pid] = command_line(pid)
-            waiting.append(pid)
-    return {pid: line for pid, line in found.items() if line}
 
 
 def wait_until(condition: Callable[[], object], what: str, limit_s: float = LIMIT_S) -> None:
