@@ -37,7 +37,7 @@ class ScheduleConfig:
     epsilon_alpha: float = 7.0
     # Steps between two snapshots of an episode in flight, from which another actor goes on where its own dies; each
     # target reached makes one too, for the recovery there is dear. 0 = never. A rule alone makes none.
-    snapshot_period: int = 4
+    snapshot_period: int = 8
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""

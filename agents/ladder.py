@@ -26,6 +26,8 @@ __all__ = ["TOLERANCE", "Ladder"]
 TOLERANCE = 0.002
 #: Filters that may be given back or taken for it at once; each more multiplies the exchanges that are looked at.
 _MOST_EXCHANGED, _MOST_LOOKED_AT = 4, 5_000
+#: Into how many parts the lengths are divided in the search for the shortest, over all states.
+_PARTS = 16
 #: How often the exchange that came nearest is the start of further ones, where none has landed.
 _ROUNDS = 6
 
@@ -79,14 +81,7 @@ class Ladder:
         position = places(scores, alive)
         removable = alive & (places_in_layers(position, alive, self.plan) < self._spare(alive))
         goal = self.goals.to(scores.device)[step.clamp(max=len(self) - 1)]
-        low = torch.zeros_like(step)
-        high = torch.full_like(step, alive.shape[-1])
-        while bool((low < high).any()):  # the shortest length that reaches, by bisection
-            middle = (low + high) // 2
-            left = alive & ~(removable & (position < middle[:, None]))
-            reached = self.compression(left) >= goal
-            high = torch.where(reached, middle, high)
-            low = torch.where(reached, low, torch.minimum(middle + 1, high))
+        high = self._shortest(alive, removable, position, goal)
         prefix = removable & (position < high[:, None])
         target = self._next_target.to(goal.device)[step.clamp(max=len(self) - 1)]
         far = prefix.any(dim=1) & (self.compression(alive & ~prefix) > target * (1 + TOLERANCE))
@@ -95,6 +90,22 @@ class Ladder:
                 prefix[row], removable[row], position[row], alive[row], goal=target[row], end=high[row]
             )
         return prefix
+
+    def _shortest(self, alive: Tensor, removable: Tensor, position: Tensor, goal: Tensor) -> Tensor:
+        """The length of the shortest prefix that reaches the goal, or of the whole ranking: int64 [N].
+
+        By bisection, into more than two parts where there are few states: to look at several lengths at once takes
+        hardly longer then than to look at one.
+        """
+        low, high = torch.zeros_like(goal, dtype=torch.int64), torch.full_like(goal, alive.shape[-1], dtype=torch.int64)
+        shares = torch.linspace(0.0, 1.0, max(2, _PARTS // len(goal)) + 1, dtype=torch.float64, device=goal.device)[1:-1]
+        while bool((low < high).any()):
+            looked_at = low[:, None] + ((high - low)[:, None] * shares).to(torch.int64)
+            left = alive[:, None] & ~(removable[:, None] & (position[:, None] < looked_at[..., None]))
+            short = (self.compression(left) < goal[:, None]).sum(1, keepdim=True)  # of them, which are the first ones
+            low = torch.cat([low[:, None], looked_at + 1], dim=1).gather(1, short)[:, 0]
+            high = torch.cat([looked_at, high[:, None]], dim=1).gather(1, short)[:, 0]
+        return high
 
     def _exchanged(
         self, prefix: Tensor, removable: Tensor, position: Tensor, alive: Tensor, *, goal: Tensor, end: Tensor
