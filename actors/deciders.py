@@ -19,7 +19,13 @@ __all__ = ["decider", "next_candidate"]
 
 
 def decider(
-    chosen: EpisodeOrder, plan: ChannelPlan, measure: str, *, controller: Controller, offsets: np.ndarray | None
+    chosen: EpisodeOrder,
+    plan: ChannelPlan,
+    measure: str,
+    *,
+    controller: Controller,
+    offsets: np.ndarray | None,
+    allocation: str = "",
 ) -> Policy:
     """Return the policy of one episode.
 
@@ -29,13 +35,14 @@ def decider(
         measure: what compression is counted in.
         controller: plays where the order says "controller" or "controller-untrained".
         offsets: of `next_candidate`.
+        allocation: of a rule that scores filters, `agents.policies.ALLOCATIONS`; "" is its usual one.
 
     """
     if chosen.policy in ("controller", "controller-untrained"):
         return ControllerPolicy(controller, epsilon=chosen.epsilon, sigma=chosen.sigma, seed=chosen.seed)
     if offsets is not None:
         return LayerOffsets(plan, torch.from_numpy(offsets))
-    return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure)
+    return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure, allocation=allocation)
 
 
 def next_candidate(

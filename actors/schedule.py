@@ -7,6 +7,7 @@ controls at the same budget (mission.md). Nothing here is remembered by a proces
 import math
 from dataclasses import dataclass
 
+from agents.policies import ALLOCATIONS
 from env.errors import UserError
 from env.seeds import derive_seed
 
@@ -16,7 +17,11 @@ __all__ = ["CONTROLS", "METHODS", "EpisodeOrder", "ScheduleConfig", "epsilon_lad
 CONTROLS = ("random", "taylor", "balanced", "gamma", "cem", "untrained")
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
-METHODS = ("controller", "taylor", "balanced", "gamma", "uniform-l1", "random", "cem", "untrained")
+METHODS = (
+    "controller", "taylor", "balanced", "gamma", "uniform-l1", "hrank", "fpgm", "l2", "random", "cem", "untrained"
+)  # fmt: skip
+#: Methods that score filters, so that how much of each layer goes may be decided otherwise.
+_SCORING = ("taylor", "balanced", "gamma", "uniform-l1", "hrank", "fpgm", "l2")
 
 #: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.
 _TEACHERS = ("taylor", "gamma", "uniform-l1", "random-allocation")
@@ -28,6 +33,7 @@ class ScheduleConfig:
     """How many episodes are played, and by whom."""
 
     method: str = "controller"  # of METHODS; a rule other than it plays in the driver, without Ray and Redis
+    allocation: str = ""  # of a method that scores filters: "global" | "uniform" | "balanced"; "" is its usual one
     episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors (and one for a rule alone)
     actors: int = 2
     teacher_share: float = 0.25  # of the episodes, at the start, played by heuristics
@@ -63,6 +69,13 @@ class ScheduleConfig:
         if self.method not in METHODS:
             raise UserError(
                 "search.method", expected=" | ".join(METHODS), got=repr(self.method), remedy="choose one of them"
+            )
+        if self.allocation and (self.allocation not in ALLOCATIONS or self.method not in _SCORING):
+            raise UserError(
+                "search.allocation",
+                expected=f"{' | '.join(ALLOCATIONS)}, with search.method = {' | '.join(_SCORING)}",
+                got=f"{self.allocation!r} with {self.method}",
+                remedy="leave it out, or choose one of them",
             )
         if self.alone and self.controls:
             raise UserError(
@@ -126,7 +139,7 @@ def order(config: ScheduleConfig, episode: int, *, seed: int) -> EpisodeOrder:
     policy_seed = derive_seed(seed, "policy", place)
     policy, epsilon, sigma = _who(config, group, place)
     # A rule without randomness would repeat itself exactly; fresh minibatches let it be chosen from many tries too.
-    repeats = group in ("taylor", "balanced", "gamma")
+    repeats = group in _SCORING
     return EpisodeOrder(
         episode=episode,
         group=group,

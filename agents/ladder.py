@@ -97,8 +97,9 @@ class Ladder:
         By bisection, into more than two parts where there are few states: to look at several lengths at once takes
         hardly longer then than to look at one.
         """
-        low, high = torch.zeros_like(goal, dtype=torch.int64), torch.full_like(goal, alive.shape[-1], dtype=torch.int64)
-        shares = torch.linspace(0.0, 1.0, max(2, _PARTS // len(goal)) + 1, dtype=torch.float64, device=goal.device)[1:-1]
+        low, high = torch.zeros_like(position[:, 0]), torch.full_like(position[:, 0], alive.shape[-1])
+        parts = max(2, _PARTS // len(goal))
+        shares = torch.arange(1, parts, dtype=torch.float64, device=goal.device) / parts
         while bool((low < high).any()):
             looked_at = low[:, None] + ((high - low)[:, None] * shares).to(torch.int64)
             left = alive[:, None] & ~(removable[:, None] & (position[:, None] < looked_at[..., None]))

@@ -20,7 +20,18 @@ from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.importance import FEATURES
 
-__all__ = ["HEURISTICS", "Climber", "ControllerPolicy", "LayerOffsets", "Policy", "Shadowed", "heuristic", "observe"]
+__all__ = [
+    "ALLOCATIONS",
+    "HEURISTICS",
+    "Climber",
+    "ControllerPolicy",
+    "LayerOffsets",
+    "Policy",
+    "Shadowed",
+    "heuristic",
+    "importance_of",
+    "observe",
+]
 
 Observation = Mapping[str, Any]  # as Compression-v0 gives it: numpy arrays, one state
 
@@ -73,49 +84,85 @@ class _Given:
         return sigma * torch.randn(len(self.plan.layers), generator=self.generator)
 
 
-def heuristic(name: str, plan: ChannelPlan, *, seed: int, measure: str = "parameters") -> Policy:
+def heuristic(name: str, plan: ChannelPlan, *, seed: int, measure: str = "parameters", allocation: str = "") -> Policy:
     """One of `HEURISTICS`, by name.
 
-    `seed` matters to the random ones alone, `measure` (one of `env.channels.MEASURES`) to what weighs costs.
+    `seed` matters to the random ones alone, `measure` (one of `env.channels.MEASURES`) to what weighs costs. With
+    `allocation`, one of `ALLOCATIONS`, a rule that scores filters decides within layers alone.
     """
-    generator = torch.Generator().manual_seed(seed)
-    return _Memoryless(HEURISTICS[name](_Given(plan, generator, measure)), generator)
+    given = _Given(plan, torch.Generator().manual_seed(seed), measure)
+    if name in _SCORED:
+        score, own = _SCORED[name]
+        rank = ALLOCATIONS[allocation or own](given, score)
+    elif allocation:
+        raise ValueError(f"{name} has an allocation of its own, got {allocation}")
+    else:
+        rank = _DRAWN[name](given)
+    return _Memoryless(rank, given.generator)
 
 
-def _column(name: str) -> Callable[[Observation], Tensor]:
+def importance_of(name: str) -> str:
+    """Which of `env.importance.IMPORTANCES` a heuristic wants to see beside the features; "" for none."""
+    return _IMPORTANCE.get(name, "")
+
+
+_Score = Callable[[Observation], Tensor]  # of each filter, float32 [F]: the lowest of a layer goes first
+_Rank = Callable[[Observation], Tensor]
+
+
+def _column(name: str) -> _Score:
     index = FEATURES.index(name)
-    return lambda observation: -torch.as_tensor(observation["features"][:, index])
+    return lambda observation: torch.as_tensor(observation["features"][:, index])
 
 
-def _random_filters(given: _Given) -> Callable[[Observation], Tensor]:
-    return lambda _observation: torch.rand(given.plan.units, generator=given.generator)
+def _importance(observation: Observation) -> Tensor:
+    return torch.as_tensor(observation["importance"])
 
 
-def _balanced(given: _Given) -> Callable[[Observation], Tensor]:
-    """Taylor within each layer; across layers whoever does the least harm by leaving a layer narrow."""
+def _alive(observation: Observation) -> Tensor:
+    return torch.as_tensor(observation["keep_mask"]).bool()
+
+
+def _global(_given: _Given, score: _Score) -> _Rank:
+    """The lowest score of all layers first."""
+    return lambda observation: -score(observation)
+
+
+def _balanced(given: _Given, score: _Score) -> _Rank:
+    """Across layers, whoever does the least harm by leaving a layer narrow."""
 
     def rank(observation: Observation) -> Tensor:
-        alive = torch.as_tensor(observation["keep_mask"]).bool()
-        taylor = -_column("log_taylor")(observation)
         alike = torch.zeros(1, len(given.plan.layers))
-        return balanced(taylor[None], alive[None], alike, given.plan, given.measure)[0]
+        quality, alive = score(observation), _alive(observation)
+        return balanced(quality[None], alive[None], alike, given.plan, given.measure)[0]
 
     return rank
 
 
-def _allocation(plan: ChannelPlan, offsets: Tensor) -> Callable[[Observation], Tensor]:
-    """L1 within each layer; a layer with a higher offset (in shares of its width) gives up more of itself."""
+def _shares(given: _Given, score: _Score, offsets: Tensor) -> _Rank:
+    """Equal shares of each layer's width; a layer with a higher offset, float32 [L], gives up more of itself."""
+    plan = given.plan
 
     def rank(observation: Observation) -> Tensor:
-        alive = torch.as_tensor(observation["keep_mask"]).bool()
-        l1 = torch.as_tensor(observation["features"][:, FEATURES.index("log_l1")])
+        alive = _alive(observation)
         gone = (plan.widths - plan.kept_per_layer(alive))[plan.layer_of]
-        before = places_in_layers(places(-l1[None], alive[None]), alive[None], plan)[0]
+        before = places_in_layers(places(-score(observation)[None], alive[None]), alive[None], plan)[0]
         share = (gone + before) / plan.widths[plan.layer_of]
         return offsets[plan.layer_of] - share
 
     return rank
 
+
+def _uniform(given: _Given, score: _Score) -> _Rank:
+    return _shares(given, score, torch.zeros(len(given.plan.layers)))
+
+
+#: How scores within layers become a ranking over all of them, by name.
+ALLOCATIONS: dict[str, Callable[[_Given, _Score], _Rank]] = {
+    "global": _global,
+    "uniform": _uniform,
+    "balanced": _balanced,
+}
 
 #: Spread of the random allocation: shares of a layer's width, so that layers end between nearly full and nearly empty.
 _ALLOCATION_SIGMA = 0.3
@@ -123,16 +170,27 @@ _ALLOCATION_SIGMA = 0.3
 #: Spread of random layer offsets on the log Taylor score: where the cross-entropy method starts too.
 _OFFSET_SIGMA = 0.4
 
-#: Policies that are not learned, by name.
-HEURISTICS: dict[str, Callable[[_Given], Callable[[Observation], Tensor]]] = {
-    "random-filters": _random_filters,
-    "random-allocation": lambda given: _allocation(given.plan, given.normal(_ALLOCATION_SIGMA)),
-    "uniform-l1": lambda given: _allocation(given.plan, torch.zeros(len(given.plan.layers))),
-    "gamma": lambda _given: _column("log_gamma"),
-    "taylor": lambda _given: _column("log_taylor"),
-    "balanced": _balanced,
+#: Rules that score filters, by name: the score, and the allocation that is usual with it.
+_SCORED: dict[str, tuple[_Score, str]] = {
+    "uniform-l1": (_column("log_l1"), "uniform"),
+    "gamma": (_column("log_gamma"), "global"),
+    "taylor": (_column("log_taylor"), "global"),
+    "balanced": (_column("log_taylor"), "balanced"),
+    "hrank": (_importance, "uniform"),
+    "fpgm": (_importance, "uniform"),
+    "l2": (_importance, "uniform"),
+}
+_IMPORTANCE = {"hrank": "rank", "fpgm": "fpgm", "l2": "l2"}
+
+#: Rules that draw, by name.
+_DRAWN: dict[str, Callable[[_Given], _Rank]] = {
+    "random-filters": lambda given: lambda _observation: torch.rand(given.plan.units, generator=given.generator),
+    "random-allocation": lambda given: _shares(given, _column("log_l1"), given.normal(_ALLOCATION_SIGMA)),
     "taylor-offsets": lambda given: LayerOffsets(given.plan, given.normal(_OFFSET_SIGMA)).rank,
 }
+
+#: Policies that are not learned, by name.
+HEURISTICS = (*_SCORED, *_DRAWN)
 
 
 class LayerOffsets:
@@ -145,7 +203,7 @@ class LayerOffsets:
 
     def rank(self, observation: Observation) -> Tensor:
         """A layer with a higher offset keeps more."""
-        return _column("log_taylor")(observation) - self._offset
+        return -_column("log_taylor")(observation) - self._offset
 
     def state_dict(self) -> dict[str, Tensor]:
         """Nothing changes."""

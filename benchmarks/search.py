@@ -6,24 +6,21 @@
 import argparse
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.campaigns import WORK, beside, campaign, commit, fingerprint, process
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, dump, parse
 from deploy.folder import read_json, write_atomic
 
-ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "search"
-WORK = ROOT / ".search"
 TAUGHT = RESULTS / "controller.safetensors"
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
@@ -191,8 +188,7 @@ class Bench:
             config = self.cell.config(seed, "fresh", self.baseline(seed))
             out = self.work / f"{self.cell.name}-{seed}-teach"
             sets = [*TEACHING, *([f"controller.weights={json.dumps(learned)}"] if learned else [])]
-            self.campaign(config, out, sets, f"teaching, seed {seed}")
-            if not (out / "result.json").is_file():
+            if not campaign(config, out, sets, f"teaching, seed {seed}"):
                 return
             learned = str((out / "controller.safetensors").resolve())
             returns = row_of(out, config, "fresh")["episodes"]
@@ -208,14 +204,16 @@ class Bench:
 
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
-        parts = asdict(self.cell.config(seed, method, None))
-        parts["data"]["path"] = ""
-        del parts["search"]["snapshot_period"]  # an episode is the same with and without
-        if parts["controller"]["weights"]:
-            parts["controller"]["weights"] = hashlib.sha256(TAUGHT.read_bytes()).hexdigest()
+        config = self.cell.config(seed, method, None)
+        taught = {"taught": hashlib.sha256(TAUGHT.read_bytes()).hexdigest()} if config.controller.weights else {}
+        config = replace(
+            config,
+            data=replace(config.data, path="as given") if config.data.path else config.data,
+            controller=replace(config.controller, weights=""),
+            search=replace(config.search, snapshot_period=0),  # an episode is the same with and without
+        )
         ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])
-        text = json.dumps({name: part for name, part in parts.items() if name not in ignored}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return fingerprint(config, without=ignored, beyond=taught)
 
     def baseline(self, seed: int) -> Path:
         """The weights that all methods of a seed start from."""
@@ -224,7 +222,7 @@ class Bench:
         if not (out / "result.json").is_file():
             config = self.cell.config(seed, "taylor", None)
             # the cheapest whole campaign there is: its product here is the baseline
-            self.campaign(config, out, ["search.episodes=1", "recovery.epochs=1"], f"baseline, seed {seed}")
+            campaign(config, out, ["search.episodes=1", "recovery.epochs=1"], f"baseline, seed {seed}")
         return weights.resolve()
 
     def make(self, seed: int, method: str, weights: Path) -> None:
@@ -239,9 +237,9 @@ class Bench:
             path = beside(out, ".toml")
             write_atomic(path, dump(config))
             module = ["-m", "benchmarks.search_methods.peers", method, str(path), "--out", str(out)]
-            self.process(module, out, f"{method}, seed {seed}")
+            process(module, out, f"{method}, seed {seed}")
         else:
-            self.campaign(config, out, [], f"{method}, seed {seed}")
+            campaign(config, out, [], f"{method}, seed {seed}")
         if not (out / "result.json").is_file():
             return
         row = row_of(out, config, method) | {
@@ -256,37 +254,6 @@ class Bench:
         with self.file.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(f"{method}, seed {seed}: test {row['test']:.4f}, validation {row['validation']:.4f}", flush=True)
-
-    def campaign(self, config: CampaignConfig, out: Path, overrides: list[str], what: str) -> None:
-        """`zeroout run`, which goes on where it was stopped."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        path = beside(out, ".toml")
-        write_atomic(path, dump(config))
-        sets = [word for override in overrides for word in ("--set", override)]
-        self.process(["-m", "deploy.cli", "run", str(path), "--out", str(out), *sets], out, what)
-
-    def process(self, command: list[str], out: Path, what: str) -> None:
-        """Run it with one thread of torch; what it prints stands beside its folder."""
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
-        with beside(out, ".log").open("ab") as log:
-            done = subprocess.run(
-                [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
-            )
-        if done.returncode:
-            print(f"{what}: ended with {done.returncode}; see {beside(out, '.log')}", flush=True)
-
-
-def commit() -> str:
-    """Of the code that made a row; a row is not made again because the code has changed."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip()
-
-
-def beside(out: Path, suffix: str) -> Path:
-    """A file of a campaign's own beside its folder, whose name has dots in it."""
-    return out.with_name(out.name + suffix)
 
 
 def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:

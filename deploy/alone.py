@@ -9,7 +9,7 @@ from actors.records import candidates, episode_record
 from actors.rollout import Rollout, StepReport, rollout
 from actors.schedule import EpisodeOrder, order
 from agents.ladder import Ladder
-from agents.policies import Policy
+from agents.policies import Policy, importance_of
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
 from deploy.controller_file import read_controller
@@ -30,14 +30,15 @@ def play_alone(
     """Play the rule's episodes that are not yet recorded, and keep the best network of each target."""
     progress.stage("search", f"{config.search.method}, {config.search.total} episode(s) in this process")
     recognizer = Recognizer(
-        copy.deepcopy(baseline.network),
+        copy.deepcopy(baseline.start),
         dataset,
         config.data,
         measure=baseline.measure,
         precision=config.episode.precision,
         device=default_device(),
     )
-    env = CompressionEnv(recognizer, config.episode, features=True, seed=config.seed)
+    importance = importance_of(config.search.method)
+    env = CompressionEnv(recognizer, config.episode, features=True, importance=importance, seed=config.seed)
     start, measure = read_controller(config.controller), baseline.measure.name
     controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
     records = folder.read_episodes()
@@ -49,7 +50,14 @@ def play_alone(
             offsets = next_candidate(
                 chosen, folder.read_episodes, len(env.plan.layers), episodes=config.search.per_group
             )
-            policy = decider(chosen, env.plan, measure, controller=controller, offsets=offsets)
+            policy = decider(
+                chosen,
+                env.plan,
+                measure,
+                controller=controller,
+                offsets=offsets,
+                allocation=config.search.allocation,
+            )
             played = _play(env, chosen, policy, config, progress)
             # networks first: a record says that its network is safe
             keep_better(folder, candidates(chosen, played, baseline.form))

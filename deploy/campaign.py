@@ -14,6 +14,7 @@ from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress
 from deploy.ray_address import check_ray_address
 from deploy.recover import Recovery
+from deploy.replace import replaced
 from deploy.report import write_report
 from deploy.search import search
 from env.data import Dataset
@@ -53,7 +54,7 @@ def _run(
 ) -> dict[str, Any]:
     if not folder.versions_json.is_file():
         write_json(folder.versions_json, versions())
-    baseline = prepare(folder, config, dataset, progress)
+    baseline = replaced(folder, config, dataset, prepare(folder, config, dataset, progress), progress)
     search(folder, config, dataset, baseline, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
     recovery = Recovery(folder, config, dataset.to(default_device()), baseline, progress)
     recovery.run()

@@ -129,8 +129,25 @@ def prune(
     weights: WeightsOption = None,
     data: DataOption = "",
     method: Annotated[
-        str, typer.Option(help="Who ranks the filters: balanced, taylor, gamma, uniform-l1 or random.")
+        str,
+        typer.Option(help="Who ranks the filters: balanced, taylor, gamma, hrank, fpgm, l2, uniform-l1 or random."),
     ] = "taylor",
+    allocation: Annotated[
+        str,
+        typer.Option(
+            help="How a method's scores divide what goes between the layers: global (the lowest anywhere), uniform "
+            "(equal shares) or balanced (least harm by narrowness); left out, what is usual with the method."
+        ),
+    ] = "",
+    replace: Annotated[
+        str,
+        typer.Option(
+            help="Before pruning, treat the weakest filters of each layer and train on: 1 (copies of the strongest, "
+            "once each), 2 (copies of the single strongest), 3 (copies in proportion to importance); or, to compare, "
+            "reinit, noise or none (that training alone)."
+        ),
+    ] = "",
+    share: Annotated[float, typer.Option(help="Of each layer's filters, for --replace.")] = 0.1,
     compression: Annotated[
         list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
     ] = None,
@@ -144,7 +161,8 @@ def prune(
     """Prune by one rule, without learning: in this process, in minutes, with the same folder and files as `run`.
 
     Examples: `zeroout prune --model resnet18 --weights weights.pt --data FOLDER --compression 0.9 --out runs/pruned`;
-    `zeroout prune --max-drop 1.0 --out runs/small` finds the smallest network that loses at most one point.
+    `zeroout prune --max-drop 1.0 --out runs/small` finds the smallest network that loses at most one point;
+    `zeroout prune --method hrank --replace 1 --steps 1 --out runs/replaced` copies filters before it prunes.
     """
     from deploy.config import load
 
@@ -157,6 +175,9 @@ def prune(
     extra = [
         *_what(model, weights, data),
         f"search.method={json.dumps(method)}",
+        f"search.allocation={json.dumps(allocation)}",
+        f"replacement.how={json.dumps(replace)}",
+        f"replacement.share={share}",
         "search.episodes=1",
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",

@@ -20,6 +20,7 @@ from env.compression import EpisodeConfig
 from env.data import DataConfig
 from env.errors import UserError
 from env.networks import NetworkConfig
+from env.replacement import ReplacementConfig
 from env.training import TrainConfig
 from learner.learner import LearnerConfig
 from learner.replay.replay import ReplayConfig
@@ -65,6 +66,8 @@ class CampaignConfig:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     baseline: TrainConfig = field(default_factory=TrainConfig)  # training from scratch, where no weights are given
+    replacement: ReplacementConfig = field(default_factory=ReplacementConfig)  # of filters, before anything is pruned
+    replacement_training: TrainConfig = field(default_factory=TrainConfig)  # after it, where there is any
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
     search: ScheduleConfig = field(default_factory=ScheduleConfig)
     controller: ControllerConfig = field(default_factory=ControllerConfig)

@@ -80,7 +80,7 @@ def _model(recovery: Recovery, row: dict[str, Any]) -> Path:
 def _probe(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any]) -> dict[str, Any] | None:
     """A network half-way between the two, made of the lower one and recovered; None where filters allow none."""
     target = _middle(low, high)
-    start = recovery.baseline.network if low is None else network_from_file(str(_model(recovery, low)))
+    start = recovery.baseline.start if low is None else network_from_file(str(_model(recovery, low)))
     network = _pruned(recovery, start, target, below=float(high["compression"]))
     if network is None:
         return None

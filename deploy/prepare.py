@@ -34,9 +34,10 @@ _MOSTLY = 0.5  # of all multiply-accumulates outside what is counted: a share of
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """The network that episodes start from.
+    """The network that is compressed; episodes start from `start`.
 
-    `given` is what the network as given costs, in each of `env.channels.MEASURES`; compression is counted in `measure`.
+    `replaced` is the network after filter replacement (deploy/replace.py), where there was one. `given` is what the
+    network as given costs, in each of `env.channels.MEASURES`; compression is counted in `measure`.
     """
 
     form: NetworkForm
@@ -44,6 +45,12 @@ class Baseline:
     given: dict[str, int]
     measure: Measure
     validation: Metrics
+    replaced: nn.Module | None = None
+
+    @property
+    def start(self) -> nn.Module:
+        """What episodes start from."""
+        return self.network if self.replaced is None else self.replaced
 
 
 def default_device() -> str:
@@ -73,7 +80,10 @@ def preflight(
             remedy="leave it out; recovery.distillation learns from the baseline",
         )
     dataset = load_dataset(config.data, progress=on_images)
-    for size in (config.baseline.batch_size, config.episode.batch_size, config.recovery.batch_size):
+    trainings = [config.baseline, config.recovery]
+    if config.replacement.how:
+        trainings.append(config.replacement_training)
+    for size in (config.episode.batch_size, *(training.batch_size for training in trainings)):
         require_batch(dataset, size)
     pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
     example = torch.zeros(1, *dataset.image_shape)

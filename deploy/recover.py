@@ -17,6 +17,7 @@ from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
+from deploy.replace import FACTS
 from env.channels import ChannelPlan
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset
@@ -132,6 +133,7 @@ class Recovery:
                 "test_accuracy": self._judge(self.baseline.network.to(default_device()), self.dataset.test).accuracy,
                 **self.baseline.given,
             },
+            **self._replacement(),
             "measure": self.baseline.measure.name,
             **self._chosen(compared),
             "comparison": compared,
@@ -141,6 +143,15 @@ class Recovery:
         }
         write_json(self.folder.result_json, result)
         return result
+
+    def _replacement(self) -> dict[str, Any]:
+        """What filter replacement made of the baseline before anything was pruned; nothing where there was none."""
+        if self.baseline.replaced is None:
+            return {}
+        test = self._judge(self.baseline.replaced.to(default_device()), self.dataset.test)
+        config, facts = self.config.replacement, read_json(self.folder.baseline / FACTS)
+        accuracies = {"val_accuracy": facts["validation"]["accuracy"], "test_accuracy": test.accuracy}
+        return {"replacement": {"how": config.how, "share": config.share, **accuracies}}
 
     def _chosen(self, compared: list[dict[str, Any]]) -> dict[str, Any]:
         """The best point of each target; with max_drop the one network that was looked for, and why it is that."""

@@ -167,7 +167,7 @@ def _brief(
     prefix = folder.make_redis_prefix()
     return Brief(
         form=baseline.form,
-        baseline=network_to_bytes(baseline.network, baseline.form),
+        baseline=network_to_bytes(baseline.start, baseline.form),
         image_shape=dataset.image_shape,
         measure=baseline.measure,
         data=config.data,

@@ -56,6 +56,7 @@ class EpisodeConfig:
     recovery_learning_rate: float = 0.04
     step_images: int = 500  # validation images behind a step's accuracy; rewards use all of them
     score_images: int = 256  # training images behind the Taylor score
+    rank_images: int = 640  # training images behind the rank of feature maps, where a rule asks for it (HRank's number)
     precision: str = "float32"  # or "bfloat16"; of retraining and evaluation inside the episode
     max_steps: int = 64  # then the episode is truncated; a ladder of waypoints never needs them
 
@@ -102,7 +103,7 @@ class EpisodeConfig:
                 "episode.precision", expected="float32 | bfloat16", got=repr(self.precision), remedy="choose one"
             )
         least = {"waypoints": 1, "min_width": 1, "batch_size": 2, "step_minibatches": 1, "recovery_minibatches": 1}
-        for name, floor in {**least, "step_images": 1, "score_images": 1, "max_steps": 1}.items():
+        for name, floor in {**least, "step_images": 1, "score_images": 1, "rank_images": 1, "max_steps": 1}.items():
             if getattr(self, name) < floor:
                 raise UserError(
                     f"episode.{name}", expected=f"at least {floor}", got=repr(getattr(self, name)), remedy="raise it"
@@ -169,8 +170,9 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
 
     Observation space: Dict(accuracy float32 [1] in [0, 1], compression float32 [1] in [-1, 1] (added skip
     convolutions count against it), keep_mask int8 [F]; with `features`, also features float32 [F, 3], see
-    `env.importance.FEATURES`). Action space: MultiBinary(F), the bits to zero; bits already zero are ignored, and
-    where an action would leave a layer under `min_width`, its last filters stay (`info["refused"]`).
+    `env.importance.FEATURES`; with `importance`, also importance float32 [F], 0 where gone). Action space:
+    MultiBinary(F), the bits to zero; bits already zero are ignored, and where an action would leave a layer under
+    `min_width`, its last filters stay (`info["refused"]`).
 
     Where retraining makes the network's loss, weights or scores infinite or NaN, the episode terminates
     (`info["collapsed"]`): no accuracy is left, and the reward says so.
@@ -179,6 +181,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         recognizer: the baseline, its plan and its images.
         config: the episode.
         features: whether observations carry the filters' log scores.
+        importance: one of `env.importance.IMPORTANCES` that observations carry as well; "" = none. The rank of feature
+            maps is that of the full network all through an episode, as HRank takes it, and costs what it costs once.
         seed: the campaign's seed, from which the minibatches of every step follow.
 
     """
@@ -191,9 +195,10 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         config: EpisodeConfig | None = None,
         *,
         features: bool = True,
+        importance: str = "",
         seed: int = 0,
     ) -> None:
-        self.recognizer, self.config = recognizer, config or EpisodeConfig()
+        self.recognizer, self.config, self._importance_name = recognizer, config or EpisodeConfig(), importance
         self.plan, self.features, self.seed = recognizer.plan, features, seed
         units = self.plan.units
         parts: dict[str, spaces.Space[Any]] = {
@@ -203,6 +208,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         }
         if features:
             parts["features"] = spaces.Box(-LIMIT, LIMIT, (units, len(FEATURES)), np.float32)
+        if importance:
+            parts["importance"] = spaces.Box(0.0, np.inf, (units,), np.float32)
         self.observation_space = spaces.Dict(parts)
         self.action_space = spaces.MultiBinary(units)
         problem = unreachable(self.plan, recognizer.measure, self.config)
@@ -216,7 +223,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._step_split = type(everything)(everything.images[chosen], everything.labels[chosen])
         self._baseline = recognizer.evaluate(recognizer.full(), everything)
         self._worst = 2 * math.log(len(recognizer.dataset.classes))
-        self._start: tuple[float, Tensor] | None = None
+        self._start: tuple[float, Tensor, Tensor] | None = None
         self._clock = _Clock()
 
     @property
@@ -239,8 +246,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._body, self._step = self.recognizer.full(), 0
         if self._start is None:
             accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy
-            self._start = accuracy, self._scores()
-        self._accuracy, self._filter_scores = self._start
+            self._start = accuracy, self._scores(), self._importance()
+        self._accuracy, self._filter_scores, self._filter_importance = self._start
         return self._observation(), {"step": 0, "reached": []}
 
     def state_dict(self) -> dict[str, Any]:
@@ -253,19 +260,26 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             "step": self._step,
             "accuracy": self._accuracy,
             "scores": self._filter_scores,
+            "importance": self._filter_importance,
             **self.recognizer.state_of(self._body),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from the `state_dict` of an environment made alike instead of a `reset`; ValueError for another's."""
-        body, scores = self.recognizer.restored(state), state["scores"]
-        shape = (self.plan.units, len(FEATURES)) if self.features else (0,)
-        if scores.dtype != torch.float32 or scores.shape != shape:
-            raise ValueError(f"scores: expected float32 {list(shape)}, got {scores.dtype} {list(scores.shape)}")
+        body, units = self.recognizer.restored(state), self.plan.units
+        shapes = {
+            "scores": (units, len(FEATURES)) if self.features else (0,),
+            "importance": (units,) if self._importance_name else (0,),
+        }
+        for name, shape in shapes.items():
+            if state[name].dtype != torch.float32 or state[name].shape != shape:
+                got = f"{state[name].dtype} {list(state[name].shape)}"
+                raise ValueError(f"{name}: expected float32 {list(shape)}, got {got}")
         seed, step, accuracy = int(state["seed"]), int(state["step"]), float(state["accuracy"])
         if seed != self.seed:
             self.seed, self._start = seed, None
-        self._body, self._step, self._accuracy, self._filter_scores = body, step, accuracy, scores
+        self._body, self._step, self._accuracy = body, step, accuracy
+        self._filter_scores, self._filter_importance = state["scores"], state["importance"]
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Zero the filters of `action` (int [F]), retrain, measure."""
@@ -300,6 +314,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         self._clock.phase("evaluate")
         if not terminated:
             self._filter_scores = self._scores()
+            if self._importance_name != "rank":
+                self._filter_importance = self._importance()
             self._clock.phase("score")
 
     def _allowed(self, action: Tensor) -> tuple[Tensor, int]:
@@ -356,6 +372,19 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
             raise NonFiniteError("scores of the filters are not finite; try a lower episode.step_learning_rate")
         return scores
 
+    def _importance(self) -> Tensor:
+        """The importance of the filters, where the observation carries it; NonFiniteError as retraining."""
+        name, config = self._importance_name, self.config
+        if not name:
+            return torch.zeros(0)
+        images = config.rank_images if name == "rank" else config.score_images
+        found = self.recognizer.importance(
+            name, self._body, images=images, batch_size=config.batch_size, seed=self.seed
+        )
+        if not bool(found.isfinite().all()):
+            raise NonFiniteError(f"{name} of the filters is not finite; try a lower episode.step_learning_rate")
+        return found
+
     def _observation(self) -> dict[str, Any]:
         observation = {
             "accuracy": np.array([self._accuracy], np.float32),
@@ -364,6 +393,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         }
         if self.features:  # the last scores, where an episode ends without new ones
             observation["features"] = (self._filter_scores * self._body.keep_mask[:, None]).numpy()
+        if self._importance_name:
+            observation["importance"] = (self._filter_importance * self._body.keep_mask).numpy()
         return observation
 
 
@@ -375,7 +406,7 @@ def make_compression(
     Args:
         recognizer: by default a small network that recognizes the embedded digits, trained here in seconds.
         config: the episode.
-        kwargs: `features` and `seed` of `CompressionEnv`.
+        kwargs: `features`, `importance` and `seed` of `CompressionEnv`.
 
     """
     return CompressionEnv(recognizer or _default_recognizer(), config, **kwargs)

@@ -1,19 +1,35 @@
 """How much each filter seems to matter: scores per unit, larger = more important.
 
-Heuristic policies rank by one of them, and the features Controller starts from the first. Each is computed on the
-network as it is (compact), and returned for all units of the plan, 0 for those that are gone.
+Heuristic policies rank by one of them, the features Controller starts from the first of `FEATURES`, and filters are
+replaced by one (env/replacement.py). Each is computed on the network as it is (compact), and returned for all units of
+the plan, 0 for those that are gone. Channels that live or die together are one unit, with one score.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from env.channels import ChannelPlan
+from env.feature_rank import feature_rank
 from env.groups import NORMS, PRODUCERS, TRANSPOSED
 
-__all__ = ["FEATURES", "LIMIT", "gamma", "l1", "log_scores", "taylor"]
+__all__ = [
+    "FEATURES",
+    "IMPORTANCES",
+    "LIMIT",
+    "fpgm",
+    "gamma",
+    "importance",
+    "l1",
+    "l2",
+    "log_scores",
+    "rank",
+    "taylor",
+]
+
+Batches = Iterable[tuple[Tensor, Tensor]]
 
 #: The columns of `log_scores`, in order.
 FEATURES = ("log_taylor", "log_gamma", "log_l1")
@@ -24,9 +40,24 @@ _SMALLEST, _LARGEST = 1e-10, 1e10
 LIMIT = 24.0
 
 
-def taylor(
-    network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Tensor:
+def importance(name: str, network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
+    """The score of every unit by one of `IMPORTANCES`: float32 [F]; the arguments are those of `taylor`."""
+    return IMPORTANCES[name](network, plan, keep_mask, batches)
+
+
+def rank(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
+    """Mean rank of each unit's feature maps (HRank, see env/feature_rank.py): float32 [F]; arguments as `taylor`.
+
+    Deep maps are small, so that many filters share a rank. The second key is `l1`: it adds less than half of the least
+    difference that two mean ranks can have.
+    """
+    ranks, maps = feature_rank(network, plan, keep_mask, batches)
+    second = l1(network, plan, keep_mask).double()
+    tie = 0.49 * second / second.max().clamp(min=_SMALLEST) / maps.clamp(min=1)
+    return (ranks + torch.where(keep_mask, tie, 0.0)).float()
+
+
+def taylor(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
     """First-order Taylor score (Molchanov et al., CVPR 2019, eq. 8, at the batch-norm gate): float32 [F].
 
     The root of the mean over minibatches of (sum over a unit's gate parameters of gradient x value) squared;
@@ -80,9 +111,34 @@ def l1(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
     return scores / seen.clamp(min=1)
 
 
-def log_scores(
-    network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Iterable[tuple[Tensor, Tensor]]
-) -> Tensor:
+def l2(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
+    """Root of the mean squared weight of each unit's kernels (He et al., IJCAI 2018, per weight): float32 [F]."""
+    scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
+    for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight",)):
+        weight = network.get_parameter(name).detach().square().float().cpu()
+        _add_per_unit(scores, weight, axis, owner)
+        _add_per_unit(seen, torch.full((len(owner),), weight.numel() / len(owner)), 0, owner)
+    return (scores / seen.clamp(min=1)).sqrt()
+
+
+def fpgm(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
+    """How far each unit's kernels are from the other kernels of their layers (FPGM; He et al., CVPR 2019): float32 [F].
+
+    The filter with the least sum of distances is the one nearest to their geometric median, which the others can stand
+    for. Here the mean Euclidean distance to the others, per root of the weights of a kernel, and over all kernels of
+    the unit, so that layers of different sizes can be compared. A kernel that is alone in its layer has distance 0.
+    """
+    scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
+    for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight",)):
+        kernels = network.get_parameter(name).detach().transpose(0, axis).flatten(1).float().cpu()
+        others = max(1, len(kernels) - 1)
+        apart = torch.cdist(kernels, kernels, compute_mode="donot_use_mm_for_euclid_dist").sum(1) / others
+        _add_per_unit(scores, apart / kernels.shape[1] ** 0.5, 0, owner)
+        _add_per_unit(seen, torch.ones(len(owner)), 0, owner)
+    return scores / seen.clamp(min=1)
+
+
+def log_scores(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
     """The features of every filter, in the order of `FEATURES`: float32 [F, 3], 0 where a filter is gone."""
     columns = [
         taylor(network, plan, keep_mask, batches),
@@ -126,3 +182,14 @@ def _add_per_unit(scores: Tensor, values: Tensor, axis: int, owner: Tensor) -> N
     per_channel = values.transpose(0, axis).flatten(1).sum(1) if values.dim() > 1 else values
     owned = owner >= 0
     scores.index_add_(0, owner[owned], per_channel[owned])
+
+
+#: What can say how much a filter matters, by name; all of them take the arguments of `taylor`.
+IMPORTANCES: dict[str, Callable[[nn.Module, ChannelPlan, Tensor, Batches], Tensor]] = {
+    "rank": rank,
+    "taylor": taylor,
+    "gamma": lambda network, plan, keep_mask, _batches: gamma(network, plan, keep_mask),
+    "l1": lambda network, plan, keep_mask, _batches: l1(network, plan, keep_mask),
+    "l2": lambda network, plan, keep_mask, _batches: l2(network, plan, keep_mask),
+    "fpgm": lambda network, plan, keep_mask, _batches: fpgm(network, plan, keep_mask),
+}

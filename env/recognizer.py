@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from env.augment import normalise
 from env.channels import ChannelPlan, duplicate
 from env.data import DataConfig, Dataset
-from env.importance import log_scores
+from env.importance import importance, log_scores
 from env.measure import Measure
-from env.retraining import Metrics, evaluate, retrain
+from env.retraining import Metrics, augmented, evaluate, retrain
 from env.seeds import derive_seed
 from env.splits import Split
 
@@ -141,11 +141,25 @@ class Recognizer:
         batches = self._batches(images, batch_size, derive_seed(seed, "scores"))
         return log_scores(body.network, self.plan, body.keep_mask, batches)
 
-    def _batches(self, images: int, batch_size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        train = self.dataset.train
-        chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:images]
+    def importance(self, name: str, body: Body, *, images: int, batch_size: int, seed: int) -> Tensor:
+        """One of `env.importance.IMPORTANCES` on `images` augmented training images: float32 [F], 0 where gone.
+
+        Augmented as HRank's own code does; the seed alone decides which images, and how.
+        """
+        batches = self._batches(images, batch_size, derive_seed(seed, "importance"), as_trained=True)
+        return importance(name, body.network, self.plan, body.keep_mask, batches)
+
+    def _batches(
+        self, images: int, batch_size: int, seed: int, *, as_trained: bool = False
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        dataset, generator = self.dataset, torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(dataset.train), generator=generator)[:images]
         for part in torch.split(chosen.to(self.device), batch_size):
-            yield normalise(train.images[part], self.dataset.mean, self.dataset.std), train.labels[part]
+            batch = dataset.train.take(part)
+            if as_trained:
+                yield augmented(batch, dataset, self.data_config, generator), batch.labels
+            else:
+                yield normalise(batch.images, dataset.mean, dataset.std), batch.labels
 
 
 def _tensors(network: nn.Module) -> dict[str, Tensor]:

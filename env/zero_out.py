@@ -15,7 +15,7 @@ from env.groups import TRANSPOSED, module_tensors
 if TYPE_CHECKING:  # the plan itself checks with masks that it is right
     from env.channels import ChannelPlan
 
-__all__ = ["ZeroOut", "attach_zero_out"]
+__all__ = ["ZeroOut", "attach_zero_out", "output_owner"]
 
 
 class ZeroOut(nn.Module):
@@ -46,7 +46,7 @@ def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) 
     attached = []
     for name in dict.fromkeys(name for layer in plan.layers for name in layer.modules):
         module = network.get_submodule(name)
-        owner = _output_owner(name, module, plan)
+        owner = output_owner(name, module, plan)
         zero_out = ZeroOut(len(owner), last=isinstance(module, nn.Linear))
         zero_out.keep_mask.copy_(((owner < 0) | keep_mask[owner.clamp(min=0)]).float())
         zero_out.to(next(iter(module_tensors(module).values())).device)
@@ -55,8 +55,8 @@ def attach_zero_out(network: nn.Module, plan: "ChannelPlan", keep_mask: Tensor) 
     return attached
 
 
-def _output_owner(name: str, module: nn.Module, plan: "ChannelPlan") -> Tensor:
-    """int64 [C], the unit that owns each output channel of the module, or -1."""
+def output_owner(name: str, module: nn.Module, plan: "ChannelPlan", have: Tensor | None = None) -> Tensor:
+    """int64 [C], the unit that owns each output channel of the module, or -1; `have` are the units of a compact one."""
     own = module_tensors(module)
-    owner = dict(plan.axes(f"{name}.{next(iter(own))}"))[int(isinstance(module, TRANSPOSED))]
+    owner = dict(plan.axes(f"{name}.{next(iter(own))}", have))[int(isinstance(module, TRANSPOSED))]
     return owner.repeat(module.groups) if isinstance(module, TRANSPOSED) else owner  # its weight holds one group's

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from agents.controller import Controller, ControllerConfig
-from agents.policies import HEURISTICS, ControllerPolicy, LayerOffsets, Policy, Shadowed, heuristic, observe
+from agents.policies import (
+    HEURISTICS,
+    ControllerPolicy,
+    LayerOffsets,
+    Policy,
+    Shadowed,
+    heuristic,
+    importance_of,
+    observe,
+)
 from env.channels import ChannelPlan
 
 torch.set_num_threads(1)
@@ -20,6 +29,7 @@ KEEP = [1, 1, 0, 1, 1, 1, 1, 1]
 TAYLOR = [0.4, 0.1, 0.0, 0.3, 0.2, -1.0, 0.25, 2.0]
 GAMMA = [3.0, 2.0, 0.0, 1.0, 4.0, 0.5, 0.1, 0.2]
 L1 = [0.5, 0.9, 0.0, 0.1, 0.3, 7.0, 8.0, 6.0]
+IMPORTANCE = [1.0, 5.0, 0.0, 4.0, 2.0, 30.0, 10.0, 20.0]
 
 
 def observation(seed: int | None = None) -> dict[str, Any]:
@@ -31,6 +41,7 @@ def observation(seed: int | None = None) -> dict[str, Any]:
         "compression": np.array([0.2], np.float32),
         "keep_mask": np.array(KEEP, np.int8),
         "features": features,
+        "importance": np.array(IMPORTANCE, np.float32),
     }
 
 
@@ -61,12 +72,45 @@ def controller(kind: str = "features") -> Controller:
         ("balanced", [1, 4, 5, 3, 6, 0, 7]),
         # shares gone with it: layer one, of which 1 of 5 is dead, 1/5, 2/5, 3/5, 4/5; layer two 0, 1/3, 2/3
         ("uniform-l1", [7, 3, 5, 4, 0, 6, 1]),
+        # the same shares, by importance: layer one 0, 4, 3, 1, layer two 6, 7, 5
+        ("hrank", [6, 0, 7, 4, 3, 5, 1]),
+        ("fpgm", [6, 0, 7, 4, 3, 5, 1]),
+        ("l2", [6, 0, 7, 4, 3, 5, 1]),
     ],
 )
 def test_a_heuristic_ranks_by_hand(name: str, expected: list[int]) -> None:
     policy = heuristic(name, PLAN, seed=3)
     assert ranking(policy.rank(observation())) == expected
     assert policy.recurrent_state is None
+
+
+@pytest.mark.parametrize(
+    ("name", "allocation", "expected"),
+    [
+        ("hrank", "global", [0, 4, 3, 1, 6, 7, 5]),
+        # as `balanced` by hand above, with layer one in the order 0, 4, 3, 1 and layer two 6, 7, 5
+        ("hrank", "balanced", [0, 4, 6, 3, 7, 1, 5]),
+        ("balanced", "global", [5, 1, 4, 6, 3, 0, 7]),
+        ("taylor", "uniform", [5, 1, 6, 4, 3, 7, 0]),
+    ],
+)
+def test_an_allocation_divides_between_layers_what_a_score_orders_within(
+    name: str, allocation: str, expected: list[int]
+) -> None:
+    assert ranking(heuristic(name, PLAN, seed=0, allocation=allocation).rank(observation())) == expected
+
+
+def test_what_draws_its_allocation_takes_no_other() -> None:
+    with pytest.raises(ValueError, match="random-allocation has an allocation of its own, got uniform"):
+        heuristic("random-allocation", PLAN, seed=0, allocation="uniform")
+
+
+def test_only_some_rules_ask_for_more_than_the_features() -> None:
+    assert {name: importance_of(name) for name in HEURISTICS if importance_of(name)} == {
+        "hrank": "rank",
+        "fpgm": "fpgm",
+        "l2": "l2",
+    }
 
 
 def test_uniform_l1_takes_the_same_share_of_each_layer() -> None:
