@@ -150,5 +150,5 @@ def _ranks(maps: Tensor) -> Tensor:
     """Rank of each map: [B, C, H, W] or [B, C] -> float64 [B, C] on the CPU."""
     flat = maps.float().reshape(maps.shape[0] * maps.shape[1], *(maps.shape[2:] if maps.dim() > 3 else (1, -1)))
     lot = max(1, _AT_ONCE // max(1, flat[0].numel()))
-    ranks = torch.cat([torch.linalg.matrix_rank(part) for part in flat.split(lot)])
+    ranks = torch.cat([torch.linalg.matrix_rank(part) for part in torch.split(flat, lot)])
     return ranks.view(maps.shape[:2]).to("cpu", torch.float64)
