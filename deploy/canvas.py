@@ -1,7 +1,7 @@
-"""What all pictures of a report have in common: colours, sizes, the frame, the legend, the PNG.
+"""What all pictures of a report have in common: colours, sizes, frame, axis of compression, legend, PNG.
 
-Called by deploy/charts.py. Drawn with matplotlib's Agg canvas and no pyplot, so that no window system and no global
-state is touched. Colours are Okabe and Ito's, which colour-blind readers tell apart.
+Called by deploy/charts.py and deploy/compare_chart.py. Drawn with matplotlib's Agg canvas and no pyplot, so that no
+window system and no global state is touched. Colours are Okabe and Ito's, which colour-blind readers tell apart.
 """
 
 import io
@@ -15,13 +15,16 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FuncFormatter
 from PIL import Image
 
-__all__ = ["PLAIN", "Form", "Theme", "legend", "new_figure", "png"]
+__all__ = ["PLAIN", "Form", "Theme", "legend", "new_figure", "place", "png", "scale_compression"]
 
 _Bytes = npt.NDArray[np.uint8]
 
 _DPI = 150
+_TICKS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+_FEWER_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,19 @@ def new_figure(form: Form) -> tuple[Figure, Axes]:
         spine.set_visible(name in ("left", "bottom"))
         spine.set_color(theme.grid)
     return figure, axes
+
+
+def place(compression: float) -> float:
+    """Return where a compression stands on its axis: -log10 of what is left, 0 for all, 1 at 90 % removed."""
+    return float(-np.log10(max(1e-4, 1.0 - compression)))
+
+
+def scale_compression(axes: Axes, left: float, right: float, form: Form) -> None:
+    """Make the horizontal axis one of compression, from `left` to `right` (as of `place`)."""
+    places = [place(tick) for tick in (_FEWER_TICKS if form.narrow else _TICKS)]
+    axes.set_xticks([x for x in places if left <= x <= right])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{1 - 10**-x:.1%}".replace(".0%", "%")))
+    axes.set_xlim(left, right)
 
 
 def legend(axes: Axes, handles: Sequence[Any], form: Form) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from deploy.canvas import PLAIN, Form, Theme, legend, new_figure, png
+from deploy.canvas import PLAIN, Form, Theme, legend, new_figure, place, png, scale_compression
 from deploy.folder import write_atomic
 from deploy.frontier import frontier, groups_of, learning_curve, measure_name, targets_of
 from deploy.published import Published
@@ -29,8 +29,6 @@ _LABELS = {"search": "search (Controller)"}
 _TEACHER_MARKERS = {"taylor": "s", "gamma": "p", "uniform-l1": "<", "random-allocation": "v", "taylor-offsets": "h"}
 # More lines than this only blacken the picture; the newest are the ones that tell.
 _CURVES_PER_GROUP = 300
-_TICKS = (0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
-_FEWER_TICKS = (0.0, 0.5, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995, 0.999)
 _ACTORS_NAMED = 10  # a legend of more of them is longer than the picture
 
 
@@ -67,7 +65,7 @@ def frontier_image(
     _draw_published(axes, published, result, form)
     _draw_recovered(axes, result, theme)
     _draw_baseline(axes, result.get("baseline") or {}, theme)
-    _scale_compression(axes, right, _FEWER_TICKS if form.narrow else _TICKS)
+    scale_compression(axes, -0.02 * place(right), 1.09 * place(right), form)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("accuracy", color=theme.ink)
     axes.set_xlabel(f"{measure_name(result)} removed (logarithmic in what is left)", color=theme.ink)
@@ -119,7 +117,7 @@ def throughput_image(records: Sequence[Record], *, form: Form = PLAIN) -> bytes:
 def _draw_curves(axes: Axes, records: Sequence[Record], form: Form) -> None:
     for group in groups_of(records):
         curves = [record["curve"] for record in records if record["group"] == group][-_CURVES_PER_GROUP:]
-        lines = [np.array([(_x(c), a) for c, a in curve if a is not None]) for curve in curves]
+        lines = [np.array([(place(c), a) for c, a in curve if a is not None]) for curve in curves]
         lines = [line for line in lines if len(line) > 1]
         # Many curves one over the other: the more there are, the fainter each.
         alpha = float(np.clip(4.0 / max(1, len(lines)), 0.06, 0.35)) * (1.4 if form.dark else 1.0)
@@ -131,7 +129,7 @@ def _draw_group_bests(axes: Axes, records: Sequence[Record], theme: Theme) -> No
         for group, point in entry["groups"].items():
             if point["accuracy"] is not None:
                 axes.plot(
-                    _x(point["compression"]), point["accuracy"], _marker(group),
+                    place(point["compression"]), point["accuracy"], _marker(group),
                     color=theme.colour(group), markersize=7.5, markeredgecolor=axes.get_facecolor(),
                     markeredgewidth=1.0, zorder=4, alpha=0.95,
                 )  # fmt: skip
@@ -141,7 +139,7 @@ def _draw_teachers(axes: Axes, records: Sequence[Record], theme: Theme) -> None:
     for entry in frontier(_by_teacher(records), targets_of(records)):
         for policy, point in entry["groups"].items():
             if point["accuracy"] is not None:
-                axes.plot(_x(point["compression"]), point["accuracy"], zorder=4, **_teacher_style(policy, theme))
+                axes.plot(place(point["compression"]), point["accuracy"], zorder=4, **_teacher_style(policy, theme))
 
 
 def _by_teacher(records: Sequence[Record]) -> list[Record]:
@@ -162,7 +160,7 @@ def _teacher_style(policy: str, theme: Theme) -> dict[str, Any]:
 
 def _draw_published(axes: Axes, published: Sequence[Published], result: Record, form: Form) -> None:
     baseline = (result.get("baseline") or {}).get("test_accuracy")
-    drawn = [(point, _x(point.compression), h) for point in published if (h := point.height(baseline)) is not None]
+    drawn = [(point, place(point.compression), h) for point in published if (h := point.height(baseline)) is not None]
     for point, x, height in drawn:
         axes.plot(x, height, zorder=5, **_published_style(point, form.theme))
     others = {point.who: (x, height) for point, x, height in drawn if not point.is_source}  # the last of each
@@ -189,14 +187,14 @@ def _draw_recovered(axes: Axes, result: Record, theme: Theme) -> None:
         _draw_one_recovered(axes, point, theme.ink, size=13.0)
         if point.get("test_accuracy") is not None:
             axes.annotate(
-                f"{point['test_accuracy']:.1%}", (_x(point["compression"]), point["test_accuracy"]),
+                f"{point['test_accuracy']:.1%}", (place(point["compression"]), point["test_accuracy"]),
                 xytext=(11, 0), textcoords="offset points", va="center",
                 color=theme.ink, fontsize=10.5, fontweight="bold", zorder=7,
             )  # fmt: skip
 
 
 def _draw_one_recovered(axes: Axes, point: Record, colour: str, *, size: float) -> None:
-    x = _x(point["compression"])
+    x = place(point["compression"])
     if point.get("val_accuracy") is not None:
         axes.plot(x, point["val_accuracy"], "_", markersize=size, color=colour, markeredgewidth=2, zorder=6)
     if point.get("test_accuracy") is not None:
@@ -207,18 +205,6 @@ def _draw_baseline(axes: Axes, baseline: Record, theme: Theme) -> None:
     for key, style in (("val_accuracy", (0, (2, 3))), ("test_accuracy", (0, (7, 3)))):
         if baseline.get(key) is not None:
             axes.axhline(baseline[key], color=theme.ink, linewidth=1.1, linestyle=style, alpha=0.8, zorder=3)
-
-
-def _scale_compression(axes: Axes, right: float, ticks: Sequence[float]) -> None:
-    ticks = [tick for tick in ticks if tick <= right]
-    axes.set_xticks([_x(tick) for tick in ticks])
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{1 - 10**-x:.1%}".replace(".0%", "%")))
-    axes.set_xlim(-0.02 * _x(right), _x(right) * 1.09)
-
-
-def _x(compression: float) -> float:
-    """Return -log10 of what is left: 0 for the whole network, 1 at 90 % removed, 2 at 99 %."""
-    return float(-np.log10(max(1e-4, 1.0 - compression)))
 
 
 def _furthest(records: Sequence[Record], result: Record) -> float:

@@ -26,7 +26,7 @@ from typing import Any, Self
 from env.errors import UserError
 from env.files import replace_file, sync
 
-__all__ = ["CampaignFolder", "read_json", "versions", "write_atomic", "write_json"]
+__all__ = ["CampaignFolder", "flat", "read_json", "versions", "write_atomic", "write_json"]
 
 # What the user can mend, in words; any other failure of the operating system is ours and passes through.
 _DISK_TROUBLE = {
@@ -71,6 +71,15 @@ def read_json(path: Path) -> Any:
             got=str(error),
             remedy="restore the file, or move it away and resume: the stage that makes it runs again",
         ) from error
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ("section.key", value) for every value of a configuration."""
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def versions() -> dict[str, str | None]:
@@ -381,20 +390,12 @@ def _finite(value: object) -> object:
 
 def _first_difference(asked: dict[str, Any], found: dict[str, Any]) -> tuple[str, str, str] | None:
     """Return (key, asked, found) of the first key that differs, in the order asked, or None."""
-    left, right = dict(_flat(asked)), dict(_flat(found))
+    left, right = dict(flat(asked)), dict(flat(found))
     for key in [*left, *(key for key in right if key not in left)]:
         sides = [repr(side[key]) if key in side else "nothing" for side in (left, right)]
         if sides[0] != sides[1]:
             return key, sides[0], sides[1]
     return None
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _version_of(distribution: str) -> str | None:

@@ -14,16 +14,23 @@ from deploy.page import disclosure, picture, raw_table, strip, table, text
 from deploy.progress import duration
 from deploy.published import Published
 
-__all__ = ["frontier_section", "layers_section", "learning_section", "throughput_section"]
+__all__ = ["forms", "frontier_section", "layers_section", "learning_section", "throughput_section"]
 
 Record = dict[str, Any]
+
+
+def forms(draw: Callable[[Any], bytes]) -> dict[tuple[bool, bool], bytes]:
+    """A picture's four forms by (dark, narrow); `draw` is given the deploy.canvas.Form."""
+    from deploy.canvas import Form
+
+    return {(dark, narrow): draw(Form(dark=dark, narrow=narrow)) for dark in (False, True) for narrow in (False, True)}
 
 
 def frontier_section(records: Sequence[Record], result: Record | None, published: Sequence[Published]) -> str:
     """Accuracy against compression: all episodes, the groups and heuristics, the result, what others published."""
     from deploy.charts import frontier_image  # matplotlib: see deploy/report.py
 
-    drawn = _forms(lambda form: frontier_image(records, result, published=published, form=form))
+    drawn = forms(lambda form: frontier_image(records, result, published=published, form=form))
     title = "Accuracy against compression"
     note = (
         "Thin lines: every episode on its way (the newest 300 of a group), on validation images, before any recovery. "
@@ -95,7 +102,7 @@ def learning_section(records: Sequence[Record]) -> str:
     from deploy.charts import learning_image
 
     description = f"Learning: the return of each of {len(records)} episodes, by group"
-    return f"<h2>Learning</h2>{picture(description, _forms(lambda form: learning_image(records, form=form)))}"
+    return f"<h2>Learning</h2>{picture(description, forms(lambda form: learning_image(records, form=form)))}"
 
 
 def throughput_section(actors: Sequence[Record], records: Sequence[Record]) -> str:
@@ -106,7 +113,7 @@ def throughput_section(actors: Sequence[Record], records: Sequence[Record]) -> s
 
     header = ("actor", "episodes", "steps", "time playing", "episodes a minute", "steps a minute")
     shown = table("Throughput", header, [_actor_row(actor) for actor in actors])
-    drawn = _forms(lambda form: throughput_image(records, form=form))
+    drawn = forms(lambda form: throughput_image(records, form=form))
     description = "Throughput: steps a minute of each actor, episode by episode"
     return f"<h2>Throughput</h2>{shown}{_phases(records)}{picture(description, drawn)}"
 
@@ -126,10 +133,3 @@ def _phases(records: Sequence[Record]) -> str:
         return ""
     shares = ", ".join(f"{phase} {percent(seconds / spent.total(), 0)}" for phase, seconds in spent.most_common())
     return f"<p class=dim>Where the time went: {text(shares)}.</p>"
-
-
-def _forms(draw: Callable[[Any], bytes]) -> dict[tuple[bool, bool], bytes]:
-    """A picture's four forms by (dark, narrow)."""
-    from deploy.canvas import Form
-
-    return {(dark, narrow): draw(Form(dark=dark, narrow=narrow)) for dark in (False, True) for narrow in (False, True)}
