@@ -133,13 +133,16 @@ def scale_compression(axes: Axes, left: float, right: float, form: Form) -> None
     axes.set_xlim(left, right)
 
 
-def legend(axes: Axes, handles: Sequence[Any], form: Form) -> None:
-    """Put the legend below the axes, where it covers no point; without handles say that there is nothing yet."""
+def legend(axes: Axes, handles: Sequence[Any], form: Form, *, columns: int | None = None) -> None:
+    """Put the legend below the axes, where it covers no point; without handles say that there is nothing yet.
+
+    `columns` is for entries that are longer than the form's own number of columns allows.
+    """
     if not handles:
         axes.text(0.5, 0.5, "nothing yet", transform=axes.transAxes, ha="center", color=form.theme.ink, fontsize=13)
         return
     axes.figure.legend(
-        handles=list(handles), loc="outside lower center", ncols=min(form.columns, len(handles)),
+        handles=list(handles), loc="outside lower center", ncols=min(columns or form.columns, len(handles)),
         frameon=False, labelcolor=form.theme.ink, fontsize=8.5 if form.narrow else 10, columnspacing=1.2,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The command line: `zeroout run | prune | resume | status | replay-info | report | export | doctor`.
+"""The command line: `zeroout run | prune | resume | status | replay-info | report | compare | export | doctor`.
 
 Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupted (state saved).
 """
@@ -275,6 +275,39 @@ def report(folder: FolderArgument) -> None:
     from deploy.report import write_report
 
     typer.echo(write_report(_opened(folder)))
+
+
+@app.command()
+def compare(
+    folders: Annotated[
+        list[str],
+        typer.Argument(metavar="DIR...", help="Folders of finished campaigns (of run or prune), or their URIs."),
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE.html", help="Also write table and picture as one page.")
+    ] = None,
+    png: Annotated[Path | None, typer.Option("--png", metavar="FILE.png", help="Also write the picture.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
+) -> None:
+    """Put finished campaigns beside each other, sum up those that differ in the seed, and say what does not compare.
+
+    Example: `zeroout compare runs/* --out comparison.html`.
+    """
+    from deploy.compare_page import check_file, write_page, write_picture
+    from deploy.compare_table import compared, render
+    from deploy.finished import read_campaigns
+
+    check_file("--out", out, ".html")
+    check_file("--png", png, ".png")
+    comparison = compared(*read_campaigns({folder: _opened(folder) for folder in folders}))
+    if as_json:
+        typer.echo(json.dumps(comparison.as_json()))
+    else:
+        render(comparison, Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH))
+    for path, write in ((out, write_page), (png, write_picture)):
+        if path is not None:
+            write(path, comparison)
+            typer.echo(path, err=as_json)
 
 
 @app.command()
