@@ -13,7 +13,7 @@ from deploy.finished import Campaign
 
 __all__ = ["differences", "network_name", "reservations"]
 
-_MOST_NAMED = 4  # campaigns or values in a sentence; a long one is not read
+_MOST_NAMED = 3  # campaigns or values in a sentence; a long one is not read
 
 Facts = dict[str, str]  # what is compared -> as it is shown
 
@@ -27,7 +27,7 @@ def reservations(campaigns: Sequence[Campaign], series: Sequence[Series]) -> lis
     for topic in _TOPICS:
         parts = _differing(campaigns, topic.facts)
         if parts:
-            sentences.append(f"{topic.what} ({'; '.join(parts)}): {topic.therefore}.")
+            sentences.append(f"{topic.what}: {topic.therefore} ({'; '.join(parts)}).")
     return [*sentences, *filter(None, map(_repeated, series))]
 
 
@@ -125,7 +125,7 @@ def _repeated(series: Series) -> str:
     again = [campaign.name for campaign in series.campaigns if seeds.count(campaign.seed) > 1]
     if not again:
         return ""
-    return f"With care, the same seed too ({_few(again, ', ')}): repeats may spread less than seeds do."
+    return f"With care, the same seed too: repeats may spread less than seeds do ({_few(again, ', ')})."
 
 
 def _few(texts: Sequence[str], between: str) -> str:

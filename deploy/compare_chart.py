@@ -25,7 +25,7 @@ _Floats = npt.NDArray[np.float64]
 #: Not as many as there are colours, so that a colour that comes again has another marker.
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X", "p", "<", "h", ">")
 _NAMED = 14  # a legend of more is longer than the picture
-_LONGEST = {False: 34, True: 24}  # letters of a name in a legend, by whether the form is narrow
+_LONGEST = {False: 36, True: 26}  # letters of a name in a legend, by whether the form is narrow
 _ROOM = {False: 100, True: 58}  # letters of a line of the legend
 _MARGINS = (0.3, 0.15)  # left and right of the points, in decades of what is left
 

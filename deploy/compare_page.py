@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.compare import Series
-from deploy.compare_table import Comparison, row_cells, seed_cells
+from deploy.compare_table import ROW_HEADINGS, Comparison, row_cells, seed_cells
 from deploy.figures import percent
 from deploy.folder import write_atomic
 from deploy.page import page, picture, table, text
@@ -66,10 +66,6 @@ def comparison_page(comparison: Comparison) -> str:
 
 
 def _rows_section(comparison: Comparison) -> str:
-    header = (
-        "campaign", "decided by", "network", "seed", "removed", "parameters", "MACs", "validation", "test", "change",
-        "baseline's test", "model",
-    )  # fmt: skip
     cells = [
         [
             *row_cells(row, name_measure=comparison.several_measures),
@@ -78,6 +74,7 @@ def _rows_section(comparison: Comparison) -> str:
         ]
         for row in comparison.rows
     ]
+    header = (*ROW_HEADINGS, "baseline's test", "model")
     return f"<h2>Networks</h2>{table('Networks', header, cells)}<p class=dim>{text(_SORTED)}</p>"
 
 
@@ -100,8 +97,7 @@ def _differences_section(found: dict[str, dict[str, Any]], names: Sequence[str])
 
 
 def _notices(lines: Sequence[str]) -> str:
-    items = "".join(f"<li>{text(line)}</li>" for line in lines)
-    return f"<div class=notice><ul>{items}</ul></div>" if lines else ""
+    return "".join(f"<p class=notice>{text(line)}</p>" for line in lines)
 
 
 def _picture(series: Sequence[Series]) -> str:

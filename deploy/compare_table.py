@@ -17,9 +17,14 @@ from deploy.compare import Series, over_seeds, rows
 from deploy.figures import change, count, percent, spread
 from deploy.finished import Campaign
 
-__all__ = ["Comparison", "compared", "render", "row_cells", "seed_cells"]
+__all__ = ["ROW_HEADINGS", "Comparison", "compared", "render", "row_cells", "seed_cells"]
 
 Record = dict[str, Any]
+
+ROW_HEADINGS = (
+    "campaign", "decided by", "network", "seed", "removed", "parameters", "MACs", "validation", "test", "change",
+)  # fmt: skip
+_WIDE = 100  # characters of a terminal that has room for all of them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +85,13 @@ def compared(campaigns: Sequence[Campaign], unfinished: Sequence[str]) -> Compar
 
 def render(comparison: Comparison, console: Console) -> None:
     """Print the table, the seeds summed up, and what does not compare."""
-    console.print(_rows_table(comparison))
+    wide = console.width >= _WIDE
+    console.print(_rows_table(comparison, wide=wide))
     if comparison.repeated:
         console.print(_seeds_table(comparison.repeated))
     lines = [*comparison.reservations, *comparison.notes]
+    if not wide:
+        lines.append(f"Validation accuracies are shown where the terminal has {_WIDE} columns, by --json and by --out.")
     if comparison.differences:
         lines.append(f"Settings that differ: {', '.join(comparison.differences)}.")
     for line in lines:
@@ -91,7 +99,7 @@ def render(comparison: Comparison, console: Console) -> None:
 
 
 def row_cells(row: Record, *, name_measure: bool) -> list[str]:
-    """Return campaign, who decided, network, seed, removed, parameters, MACs, validation, test, change."""
+    """Return a row of `compare.rows` under ROW_HEADINGS; with `name_measure` compression says what it is a share of."""
     removed = percent(row["compression"])
     return [
         row["campaign"],
@@ -152,33 +160,34 @@ def _series_json(series: Series) -> Record:
     }
 
 
-def _rows_table(comparison: Comparison) -> Table:
-    shown = _table(("campaign", "decided by", "network"))
-    for heading in ("seed", "removed", "parameters", "MACs", "validation", "test", "change"):
-        shown.add_column(heading, justify="right", overflow="fold")
-    for row in comparison.rows:
-        shown.add_row(*_narrow(row_cells(row, name_measure=comparison.several_measures)))
-    return shown
+def _rows_table(comparison: Comparison, *, wide: bool) -> Table:
+    left_out = None if wide else ROW_HEADINGS.index("validation")
+    rows_shown = [row_cells(row, name_measure=comparison.several_measures) for row in comparison.rows]
+    return _table(*(_without(cells, left_out) for cells in (ROW_HEADINGS, *rows_shown)))
 
 
 def _seeds_table(repeated: Sequence[Series]) -> Table:
-    shown = _table(("over seeds", "decided by", "network"))
-    for heading in ("n", "removed", "test", "change"):
-        shown.add_column(heading, justify="right", overflow="fold")
-    for series in repeated:
-        for point in series.points:
-            cells = seed_cells(series, point)
-            shown.add_row(*_narrow([*cells[:3], *cells[4:6], *cells[-2:]]))
-    return shown
+    headings = ("over seeds", "decided by", "network", "n", "removed", "test", "change")
+    cells = [seed_cells(series, point) for series in repeated for point in series.points]
+    return _table(headings, *([*of_one[:3], *of_one[4:6], *of_one[-2:]] for of_one in cells))
 
 
-def _table(names: Sequence[str]) -> Table:
+def _table(headings: Sequence[str], *cells: Sequence[str]) -> Table:
+    """A table whose first three columns are names, which may be folded, and the others numbers, which may not."""
     shown = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in names:
-        shown.add_column(name, overflow="fold")
+    for place, heading in enumerate(headings):
+        is_name = place < 3
+        shown.add_column(
+            heading,
+            justify="left" if is_name else "right",
+            overflow="fold" if is_name else "ellipsis",
+            no_wrap=not is_name,
+        )
+    for row in cells:
+        # as Text, for a name may hold what rich reads as a style
+        shown.add_row(*(Text(cell.replace(" %", "%")) for cell in row))
     return shown
 
 
-def _narrow(cells: Sequence[str]) -> list[Text]:
-    """Cells for a terminal of 80 characters; as Text, for a name may hold what rich reads as a style."""
-    return [Text(cell.replace(" %", "%")) for cell in cells]
+def _without(cells: Sequence[str], place: int | None) -> list[str]:
+    return [cell for number, cell in enumerate(cells) if number != place]

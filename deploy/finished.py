@@ -3,6 +3,7 @@
 Called by `zeroout compare`; deploy/compare.py puts them beside each other.
 """
 
+import functools
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -114,7 +115,7 @@ def _settings(path: Path) -> Record:
         values = dict(flat(tomllib.loads(path.read_text(encoding="utf-8"))))
     except ValueError as error:
         raise UserError(str(path), expected="valid TOML", got=str(error), remedy="mend that line") from error
-    defaults = dict(flat(tomllib.loads(dump(CampaignConfig()))))
+    defaults = _defaults()
     for key in defaults.keys() & values.keys():
         kind = type(defaults[key])
         if kind is float and type(values[key]) is int:
@@ -124,6 +125,11 @@ def _settings(path: Path) -> Record:
                 f"{path}, {key}", expected=f"a value like {defaults[key]!r}", got=repr(values[key]), remedy="mend it"
             )
     return {**defaults, **values}
+
+
+@functools.cache
+def _defaults() -> Record:
+    return dict(flat(tomllib.loads(dump(CampaignConfig()))))
 
 
 def _checked(path: Path) -> Record:

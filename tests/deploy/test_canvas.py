@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from deploy.canvas import Form, legend, new_figure, png
+from deploy.canvas import Form, legend, new_figure, place, png, scale_compression
 
 FORMS = [Form(dark=dark, narrow=narrow) for dark in (False, True) for narrow in (False, True)]
 
@@ -18,8 +18,8 @@ def rgb(colour: str) -> tuple[int, ...]:
 @pytest.mark.parametrize("form", FORMS)
 def test_every_colour_of_the_theme_is_exact_in_a_picture_of_a_palette(form: Form) -> None:
     figure, axes = new_figure(form)
-    for place in range(8):
-        axes.barh(place, 1.0, color=form.theme.nth(place))
+    for index in range(8):
+        axes.barh(index, 1.0, color=form.theme.nth(index))
     with Image.open(io.BytesIO(png(figure, form))) as image:
         assert image.mode == "P"
         assert image.size == tuple(round(150 * inches) for inches in form.inches)
@@ -35,6 +35,14 @@ def test_what_has_no_colour_of_its_own_has_its_neighbours_only_after_all_are_use
     assert len(set(colours[:7])) == 7
     assert colours[7] == colours[0]
     assert theme.colour("a group of others") == theme.other
+
+
+def test_compression_is_logarithmic_in_what_is_left_and_no_network_is_nothing() -> None:
+    assert [place(compression) for compression in (0.0, 0.9, 0.99, 1.0)] == pytest.approx([0.0, 1.0, 2.0, 4.0])
+    _, axes = new_figure(Form())
+    scale_compression(axes, 0.6, 1.4, Form())
+    labels = [axes.xaxis.get_major_formatter()(tick) for tick in axes.get_xticks()]
+    assert labels == ["80%", "90%", "95%"]
 
 
 def test_a_picture_without_anything_in_it_says_so() -> None:

@@ -200,7 +200,7 @@ def test_an_unfinished_campaign_cannot_be_exported_but_has_a_status(zeroout: Run
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--help"], ["run", "resume", "status", "report", "export", "doctor"]),
+        (["--help"], ["run", "resume", "status", "report", "compare", "export", "doctor"]),
         (["run", "--help"], ["CONFIG.toml", "--out", "--set", "--redis", "--controls", "Examples"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""The report as its readers see it: in a real browser, on a desk and on a phone, in light and in dark."""
+"""The report and a comparison as readers see them: in a real browser, on a desk, on a phone, in light and dark."""
 
 import base64
 import io
@@ -13,6 +13,9 @@ import pytest
 from browser import HOW, MISSING, Browser, chromium
 from PIL import Image
 
+from deploy.compare_page import write_page
+from deploy.compare_table import compared
+from deploy.finished import read_campaigns
 from deploy.folder import CampaignFolder, read_json, versions, write_json
 from deploy.report import write_report
 
@@ -72,6 +75,19 @@ def episode(id: int, rng: random.Random) -> dict[str, Any]:
         "steps": 4, "seconds": 2.0 + rng.random(), "return": -rng.random(), "phases": {"retrain": 1.5, "score": 0.5},
         "curve": [[0.0, 0.8], [0.5, 0.7], [0.8, 0.6]], "targets": targets,
     }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comparison(report: tuple[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The URL of a page with that campaign, another seed of it and one that does not compare."""
+    first = Path(report[0].removeprefix("file://")).parent
+    folders = [first, *(shutil.copytree(first, tmp_path_factory.mktemp("compared") / f"{n}{first.name}") for n in "ab")]
+    for seed, folder in enumerate(folders):
+        write_json(folder / "result.json", {**report[1], "seed": seed, "episodes": 12 + seed // 2})
+    (folders[2] / "campaign.toml").write_text("[data]\nsource = 'folder'\npath = '/somewhere/else'\n")
+    page = tmp_path_factory.mktemp("page") / "comparison.html"
+    write_page(page, compared(*read_campaigns({str(path): CampaignFolder(path) for path in folders})))
+    return page.as_uri()
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +167,21 @@ def test_a_screenshot_shows_something_on_the_right_paper(
     assert shot.shape[1] == width
     assert 0.5 < on_paper < 0.99
     assert len(np.unique(shot.reshape(-1, 3), axis=0)) > 50
+
+
+@pytest.mark.parametrize(("width", "dark"), LOOKS)
+def test_a_comparison_is_as_readable(browser: Browser, comparison: str, width: int, dark: bool) -> None:
+    browser.open(comparison, width=width, dark=dark)
+    log = browser.log()
+    assert log.complaints == []
+    assert [url for url in log.requests if url != comparison and not url.startswith("data:")] == []
+    assert browser.evaluate(OVERFLOW) <= 0
+    assert len(browser.evaluate(TABLES)) == 3
+    assert [(text, ratio) for text, ratio in browser.evaluate(CONTRASTS) if ratio < READABLE] == []
+    (source,) = browser.evaluate("return [...document.images].map(image => image.currentSrc)")
+    picture = Image.open(io.BytesIO(decoded(source))).convert("L")
+    assert (picture.height > picture.width) == (width == PHONE)
+    assert np.asarray(picture).mean() < 80 if dark else np.asarray(picture).mean() > 200
 
 
 def test_what_does_not_fit_scrolls_within_itself(browser: Browser, report: tuple[str, dict[str, Any]]) -> None:
