@@ -1,5 +1,9 @@
-"""Campaigns as benchmarks run them: the product's command, resumable, in folders told apart by their content."""
+"""Campaigns as benchmarks run them: resumable, in folders told apart by their content.
 
+`python -m benchmarks.campaigns CONFIG.toml --out DIR` is `zeroout run` without export and report.
+"""
+
+import argparse
 import hashlib
 import json
 import os
@@ -10,20 +14,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploy.config import CampaignConfig, dump
+from rich.console import Console
+
+from deploy.campaign import run_campaign
+from deploy.config import CampaignConfig, dump, load
 from deploy.folder import write_atomic
+from deploy.progress import PlainProgress
+from env.errors import ZerooutError
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".search"
 
 
-def campaign(config: CampaignConfig, out: Path, overrides: Sequence[str], what: str) -> bool:
-    """`zeroout run`, which goes on where it was stopped; whether it has finished. `what` is for the message."""
+def campaign(config: CampaignConfig, out: Path, overrides: Sequence[str], what: str, *, deliver: bool = True) -> bool:
+    """`zeroout run`, which goes on where it was stopped; whether it has finished.
+
+    `what` is for the message; without `deliver` nothing is exported or reported.
+    """
     out.parent.mkdir(parents=True, exist_ok=True)
     path = beside(out, ".toml")
     write_atomic(path, dump(config))
     sets = [word for override in overrides for word in ("--set", override)]
-    process(["-m", "deploy.cli", "run", str(path), "--out", str(out), *sets], out, what)
+    command = ["-m", "deploy.cli", "run"] if deliver else ["-m", "benchmarks.campaigns"]
+    process([*command, str(path), "--out", str(out), *sets], out, what)
     return (out / "result.json").is_file()
 
 
@@ -71,3 +84,21 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{path}{key}.") if isinstance(value, Mapping) else {f"{path}{key}": value}
     return found
+
+
+def main() -> None:
+    """Run one campaign's stages up to result.json."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.campaigns", description=__doc__)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    given = parser.parse_args()
+    try:
+        progress = PlainProgress(Console())
+        run_campaign(given.out, load(given.config, given.set), redis_url="", progress=progress, deliver=False)
+    except ZerooutError as error:
+        sys.exit(f"zeroout: {error}")
+
+
+if __name__ == "__main__":
+    main()

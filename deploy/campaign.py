@@ -24,12 +24,19 @@ __all__ = ["run_campaign"]
 
 
 def run_campaign(
-    out: Path, config: CampaignConfig, *, redis_url: str, progress: Progress, refill_replay: bool = False
+    out: Path,
+    config: CampaignConfig,
+    *,
+    redis_url: str,
+    progress: Progress,
+    refill_replay: bool = False,
+    deliver: bool = True,
 ) -> dict[str, Any]:
     """Run every stage whose product is not there yet; returns what result.json holds.
 
     Whatever a user can get wrong is looked at first, before the folder is made or anything in it is touched.
-    A Redis that has lost a resumed campaign's sequences is an error unless `refill_replay`.
+    A Redis that has lost a resumed campaign's sequences is an error unless `refill_replay`. Without `deliver` the last
+    two stages are left out, as for many campaigns of which only the numbers are wanted.
     """
     folder = CampaignFolder.check(out, dump(config), _resolved)
     if redis_url:
@@ -40,7 +47,10 @@ def run_campaign(
     dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
     folder = CampaignFolder.create(out, dump(config), _resolved)
     with folder.held():
-        return _run(folder, config, dataset, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
+        result = _run(folder, config, dataset, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
+        if deliver:
+            _deliver(folder, dataset, result, progress)
+        return result
 
 
 def _run(
@@ -60,12 +70,15 @@ def _run(
     recovery.run()
     if config.has_limit:
         within_drop(recovery)
-    result = recovery.result()
+    return recovery.result()
+
+
+def _deliver(folder: CampaignFolder, dataset: Dataset, result: dict[str, Any], progress: Progress) -> None:
+    """Export the chosen networks and write the report."""
     if result["points"]:
         progress.stage("export", ", ".join(FORMATS) + ", each read back and compared")
         export(folder, dataset=dataset, warn=lambda failure: progress.note(str(failure)))
     write_report(folder)
-    return result
 
 
 def _resolved(campaign_toml: str) -> str:

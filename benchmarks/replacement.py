@@ -1,0 +1,318 @@
+"""Does filter replacement before pruning help, as the source says? Three ways to replace, beside three controls.
+
+`python -m benchmarks.replacement --help` says what is compared and how.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from benchmarks.campaigns import WORK, campaign, commit, fingerprint
+from benchmarks.paired import difference, spread
+from benchmarks.step import cpu_name
+from deploy.config import CampaignConfig, parse
+from deploy.folder import read_json
+
+RESULTS = Path(__file__).parent / "results"
+CONTROL = "none"
+ARMS = (CONTROL, "1", "2", "3", "reinit", "noise")
+NAMES = {
+    "none": "no replacement",
+    "1": "replacement 1",
+    "2": "replacement 2",
+    "3": "replacement 3",
+    "reinit": "re-initialised",
+    "noise": "noise",
+}
+
+EPILOG = """\
+Each seed has one baseline, trained once, from which every arm starts. An arm treats the weakest filters of each layer
+(by the mean rank of their feature maps), trains on, ranks again, prunes by rank at once to each target, the same share
+of every layer, and recovers: the same images, rates, epochs and seeds for all arms.
+
+  none     nothing is replaced: the same training only. What the source calls HRank alone
+  1        the k strongest, once each, over the k weakest (the source's replacement 1)
+  2        the single strongest over all of them (the source's replacement 2)
+  3        as often as needed, in proportion to rank (what the source hopes for)
+  reinit   the weakest get fresh weights instead
+  noise    the weakest get noise as large as the layer's weights vary
+
+`drop` is what pruning and recovery cost, in points of test accuracy: from the network right before it was pruned, and
+from the baseline. The source's claim is about the first. Differences are paired by seed: positive means that the arm
+keeps more accuracy than `none`; p of a paired t test, two-sided.
+
+An arm is a campaign in a folder of its own under .search/, and its row lies in benchmarks/results/replacement.jsonl
+with a fingerprint of its configuration: a run that is stopped goes on where it was. Delete the row to make it again.
+
+examples:
+  python -m benchmarks.replacement                                  quarter-width VGG16 and ResNet18, five seeds
+  python -m benchmarks.replacement --networks vgg16 --minutes 30
+  python -m benchmarks.replacement --quick                          digits, a minute or two; writes to .search/ alone
+"""
+
+#: Few images and epochs, so that sixty arms fit into two hours of two cores.
+TEXT = """
+[data]
+source = "folder"
+validation_share = 0.05
+train_limit = 10000
+flip = true
+shift_pixels = 4
+[baseline]
+epochs = 10
+[replacement]
+share = 0.2
+[replacement_training]
+epochs = 3
+learning_rate = 0.05
+[search]
+method = "hrank"
+episodes = 1
+[episode]
+waypoints = 2
+recovery_minibatches = 20
+[recovery]
+epochs = 6
+learning_rate = 0.05
+"""
+QUICK = """
+[network]
+name = "small"
+[baseline]
+epochs = 5
+[replacement]
+images = 100
+[replacement_training]
+epochs = 1
+[search]
+method = "hrank"
+episodes = 1
+[episode]
+waypoints = 2
+step_minibatches = 2
+recovery_minibatches = 4
+rank_images = 100
+[recovery]
+epochs = 2
+"""
+Row = dict[str, Any]
+
+
+@dataclass
+class Bench:
+    """The arms of one network."""
+
+    network: str
+    width: float
+    data: str
+    targets: tuple[float, ...]
+    results: Path
+    work: Path
+    deadline_s: float
+    extra: Sequence[str] = ()
+    rows: list[Row] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
+
+    def __post_init__(self) -> None:
+        if self.file.is_file():
+            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
+
+    @property
+    def file(self) -> Path:
+        """Where the rows lie, of all networks."""
+        return self.results / "replacement.jsonl"
+
+    def config(self, seed: int, arm: str, weights: Path | None) -> CampaignConfig:
+        """The campaign of one arm; of the baseline where no weights are given."""
+        digits = self.data == "digits"
+        overrides = [
+            f"seed={seed}",
+            f"network.width={self.width}",
+            f"network.weights={json.dumps(str(weights or ''))}",
+            f"episode.targets={list(self.targets)}",
+            *([] if digits else [f'network.name="{self.network}"', f"data.path={json.dumps(self.data)}"]),
+            *([f'replacement.how="{arm}"'] if arm else []),
+            *self.extra,
+        ]
+        return parse(QUICK if digits else TEXT, overrides, name="benchmarks.replacement")
+
+    def run(self, seeds: Sequence[int], arms: Sequence[str], jobs: int) -> None:
+        """Make what is missing, `jobs` campaigns at a time; the baselines first."""
+        wanted = [(seed, arm) for seed in seeds for arm in arms if self.row(seed, arm) is None]
+        needed = sorted({seed for seed, _ in wanted})
+        with ThreadPoolExecutor(jobs) as pool:
+            weights = dict(zip(needed, pool.map(self.baseline, needed), strict=True))
+            list(pool.map(lambda one: self.make(*one, weights[one[0]]), wanted))
+
+    def row(self, seed: int, arm: str) -> Row | None:
+        """The row of this very configuration."""
+        mark = self.mark(seed, arm)
+        return next((row for row in self.rows if row["fingerprint"] == mark), None)
+
+    def mark(self, seed: int, arm: str) -> str:
+        """What tells an arm's configuration apart, wherever its images lie."""
+        overrides = ['data.path="as given"'] if self.data != "digits" else []
+        config = Bench.config(self.moved(overrides), seed, arm, None)
+        return fingerprint(config, without=["cluster"])
+
+    def moved(self, overrides: Sequence[str]) -> "Bench":
+        """The same with more overrides."""
+        return Bench(
+            self.network, self.width, self.data, self.targets, self.work / "nowhere", self.work, 0.0,
+            extra=[*self.extra, *overrides],
+        )  # fmt: skip
+
+    def baseline(self, seed: int) -> Path | None:
+        """The weights that the arms of a seed start from; None where time is over."""
+        out = self.work / f"replacement-{self.network}-{self.width:g}-{seed}-{self.mark(seed, '')}"
+        weights = out / "baseline" / "model.safetensors"
+        if not weights.is_file():
+            if time.time() > self.deadline_s:
+                return None
+            cheap = ['search.method="taylor"', "recovery.epochs=1"]  # its product here is the baseline
+            campaign(self.config(seed, "", None), out, cheap, f"baseline, seed {seed}", deliver=False)
+        return weights.resolve() if weights.is_file() else None
+
+    def make(self, seed: int, arm: str, weights: Path | None) -> None:
+        """Run one arm and write its row."""
+        if weights is None or time.time() > self.deadline_s:
+            return
+        mark, since = self.mark(seed, arm), time.perf_counter()
+        out = self.work / f"replacement-{self.network}-{self.width:g}-{seed}-{arm}-{mark}"
+        if not campaign(self.config(seed, arm, weights), out, [], f"{arm}, seed {seed}", deliver=False):
+            return
+        row = row_of(out) | {
+            "network": self.network, "width": self.width, "seed": seed, "arm": arm, "fingerprint": mark,
+            "machine": cpu_name(), "commit": commit(), "wall_s": round(time.perf_counter() - since, 1),
+        }  # fmt: skip
+        with self.lock:
+            self.rows.append(row)
+            self.results.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+        found = ", ".join(f"{target:.0%} {test:.4f}" for target, test in zip(row["targets"], row["test"], strict=True))
+        print(f"{self.network}, {NAMES[arm]}, seed {seed}: test {row['replaced_test']:.4f}, {found}", flush=True)
+
+
+def row_of(out: Path) -> Row:
+    """What a finished arm has shown."""
+    result = read_json(out / "result.json")
+    return {
+        "baseline_test": result["baseline"]["test_accuracy"],
+        "baseline_validation": result["baseline"]["val_accuracy"],
+        "replaced_test": result["replacement"]["test_accuracy"],
+        "at_once_validation": read_json(out / "baseline" / "replaced.json")["validation_at_once"]["accuracy"],
+        "targets": [point["target"] for point in result["points"]],
+        "test": [point["test_accuracy"] for point in result["points"]],
+        "validation": [point["val_accuracy"] for point in result["points"]],
+    }
+
+
+_HEAD = """CIFAR-10, the JPEG copy: 10,000 training images, 10 epochs of baseline, 3 after the
+replacement of 20 % of each layer, 6 of recovery. Test accuracy in per cent, mean (standard deviation) over seeds. Drop:
+from the network right before it was pruned, as the source counts it, and from the baseline. Less drop: than without
+replacement, from the baseline, in points, paired by seed (seeds won, p of a paired t test, two-sided): positive is
+better."""
+
+
+def page(rows: Sequence[Row], command: str) -> str:
+    """The tables of all networks in `rows`, and what they say of the claim."""
+    networks = dict.fromkeys((row["network"], row["width"]) for row in rows)
+    machines = ", ".join(sorted({row["machine"] for row in rows}))
+    lines = ["# Filter replacement before pruning", "", f"`{command}` (`--help` says what the arms are)", ""]
+    lines += [f"machine: {machines}. {_HEAD}", ""]
+    for network, width in networks:
+        mine = [row for row in rows if (row["network"], row["width"]) == (network, width)]
+        lines += [f"## {network}, width {width:g}", "", *_tables(mine), ""]
+    return "\n".join(lines)
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
+    lines, verdicts = [], []
+    targets = rows[0]["targets"]
+    for place, target in enumerate(targets):
+        lines += [
+            f"{target:.0%} of the parameters removed:",
+            "",
+            "| arm | n | before pruning | after recovery | drop | drop from the baseline | less drop |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for arm in [arm for arm in ARMS if any(row["arm"] == arm for row in rows)]:
+            before, after = _by_seed(rows, arm, "replaced_test"), _by_seed(rows, arm, "test", place)
+            first = _by_seed(rows, arm, "baseline_test")
+            control = _by_seed(rows, CONTROL, "test", place)
+            apart = None if arm == CONTROL else difference(after, control)
+            drops = [spread(_less(start, after)) for start in (before, first)]
+            cells = [NAMES[arm], len(after), spread(before), spread(after), *drops, apart or "-"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
+            if apart is not None and arm in ("1", "2", "3"):
+                said = "keeps more" if apart.mean > 0 else "keeps less"
+                verdicts.append(
+                    f"{NAMES[arm]} at {target:.0%} {said} ({apart.mean:+.2f}, p {apart.p:.3f})"
+                    if apart.sure
+                    else f"{NAMES[arm]} at {target:.0%} shows no difference ({apart.mean:+.2f}, p {apart.p:.2f})"
+                )
+        lines.append("")
+    if verdicts:
+        lines += [f"Against no replacement with the same epochs: {'; '.join(verdicts)}."]
+    return lines
+
+
+def _by_seed(rows: Sequence[Row], arm: str, key: str, place: int | None = None) -> dict[int, float]:
+    """Per cent by seed."""
+    found = {row["seed"]: row[key] for row in rows if row["arm"] == arm}
+    return {seed: 100 * (value if place is None else value[place]) for seed, value in found.items()}
+
+
+def _less(ours: Mapping[int, float], theirs: Mapping[int, float]) -> dict[int, float]:
+    return {seed: ours[seed] - theirs[seed] for seed in ours}
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.replacement",
+        description=(__doc__ or "").splitlines()[0],
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--networks", nargs="+", default=["vgg16", "resnet18"], help="default vgg16 resnet18")
+    parser.add_argument("--width", type=float, default=0.25, help="default 0.25")
+    parser.add_argument(
+        "--targets", type=float, nargs="+", default=[0.7, 0.9], help="shares to remove (default 0.7 0.9)"
+    )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default 0 1 2 3 4")
+    parser.add_argument("--data", default=".data", help="a folder of images (default .data)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
+    parser.add_argument("--jobs", type=int, default=2, help="campaigns at the same time (default 2)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
+    parser.add_argument("--quick", action="store_true", help="digits, 2 seeds; writes to .search/ alone")
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, default=WORK, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.quick:
+        given.networks, given.seeds, given.results, given.data = ["small"], [0, 1], given.work / "quick", "digits"
+    data = given.data if given.data == "digits" else str(Path(given.data).resolve())
+    deadline_s, rows = time.time() + 60.0 * given.minutes, []
+    for network in given.networks:
+        bench = Bench(
+            network, given.width, data, tuple(given.targets), given.results, given.work, deadline_s, tuple(given.set)
+        )
+        bench.run(given.seeds, given.arms, given.jobs)
+        rows += [row for s in given.seeds for arm in given.arms if (row := bench.row(s, arm)) is not None]
+    if rows:
+        text = page(rows, " ".join(["python -m benchmarks.replacement", *sys.argv[1:]]))
+        (given.results / "replacement.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
