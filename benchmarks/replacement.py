@@ -188,7 +188,7 @@ class Bench:
         out = self.work / f"replacement-{self.network}-{self.width:g}-{seed}-{arm}-{mark}"
         if not campaign(self.config(seed, arm, weights), out, [], f"{arm}, seed {seed}", deliver=False):
             return
-        row = row_of(out) | {
+        row = row_of(out, self.config(seed, arm, weights)) | {
             "network": self.network, "width": self.width, "seed": seed, "arm": arm, "fingerprint": mark,
             "machine": cpu_name(), "commit": commit(), "wall_s": round(time.perf_counter() - since, 1),
         }  # fmt: skip
@@ -201,10 +201,13 @@ class Bench:
         print(f"{self.network}, {NAMES[arm]}, seed {seed}: test {row['replaced_test']:.4f}, {found}", flush=True)
 
 
-def row_of(out: Path) -> Row:
-    """What a finished arm has shown."""
+def row_of(out: Path, config: CampaignConfig) -> Row:
+    """What a finished arm has shown, and at what price."""
     result = read_json(out / "result.json")
     return {
+        "images": config.data.train_limit,
+        "share": config.replacement.share,
+        "epochs": [config.baseline.epochs, config.replacement_training.epochs, config.recovery.epochs],
         "baseline_test": result["baseline"]["test_accuracy"],
         "baseline_validation": result["baseline"]["val_accuracy"],
         "replaced_test": result["replacement"]["test_accuracy"],
@@ -215,11 +218,10 @@ def row_of(out: Path) -> Row:
     }
 
 
-_HEAD = """CIFAR-10, the JPEG copy: 10,000 training images, 10 epochs of baseline, 3 after the
-replacement of 20 % of each layer, 6 of recovery. Test accuracy in per cent, mean (standard deviation) over seeds. Drop:
-from the network right before it was pruned, as the source counts it, and from the baseline. Less drop: than without
-replacement, from the baseline, in points, paired by seed (seeds won, p of a paired t test, two-sided): positive is
-better."""
+_HEAD = """CIFAR-10, the JPEG copy. Test accuracy in per cent, mean (standard deviation) over
+seeds. Drop: from the network right before it was pruned, as the source counts it, and from the baseline. Less drop:
+than without replacement, from the baseline, in points, paired by seed (seeds won, p of a paired t test, two-sided):
+positive is better."""
 
 
 def page(rows: Sequence[Row], command: str) -> str:
@@ -230,7 +232,12 @@ def page(rows: Sequence[Row], command: str) -> str:
     lines += [f"machine: {machines}. {_HEAD}", ""]
     for network, width in networks:
         mine = [row for row in rows if (row["network"], row["width"]) == (network, width)]
-        lines += [f"## {network}, width {width:g}", "", *_tables(mine), ""]
+        images, share, (first, second, third) = (mine[0][key] for key in ("images", "share", "epochs"))
+        price = (
+            f"{images:,} training images, {first} epochs of baseline, {second} after the replacement of {share:.0%} of "
+        )
+        price += f"each layer, {third} of recovery."
+        lines += [f"## {network}, width {width:g}", "", price, "", *_tables(mine), ""]
     return "\n".join(lines)
 
 
