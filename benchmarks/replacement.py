@@ -50,6 +50,7 @@ keeps more accuracy than `none`; p of a paired t test, two-sided.
 
 An arm is a campaign in a folder of its own under .search/, and its row lies in benchmarks/results/replacement.jsonl
 with a fingerprint of its configuration: a run that is stopped goes on where it was. Delete the row to make it again.
+The page shows all rows that are there.
 
 examples:
   python -m benchmarks.replacement                                  quarter-width VGG16 and ResNet18, five seeds
@@ -225,7 +226,8 @@ positive is better."""
 
 
 def page(rows: Sequence[Row], command: str) -> str:
-    """The tables of all networks in `rows`, and what they say of the claim."""
+    """The tables of all networks in `rows`, and what they say of the claim; of the same arm and seed the last row."""
+    rows = list({(row["network"], row["width"], row["seed"], row["arm"]): row for row in rows}.values())
     networks = dict.fromkeys((row["network"], row["width"]) for row in rows)
     machines = ", ".join(sorted({row["machine"] for row in rows}))
     lines = ["# Filter replacement before pruning", "", f"`{command}` (`--help` says what the arms are)", ""]
@@ -308,13 +310,13 @@ def main() -> None:
     if given.quick:
         given.networks, given.seeds, given.results, given.data = ["small"], [0, 1], given.work / "quick", "digits"
     data = given.data if given.data == "digits" else str(Path(given.data).resolve())
-    deadline_s, rows = time.time() + 60.0 * given.minutes, []
+    deadline_s, rows = time.time() + 60.0 * given.minutes, list[Row]()
     for network in given.networks:
         bench = Bench(
             network, given.width, data, tuple(given.targets), given.results, given.work, deadline_s, tuple(given.set)
         )
         bench.run(given.seeds, given.arms, given.jobs)
-        rows += [row for s in given.seeds for arm in given.arms if (row := bench.row(s, arm)) is not None]
+        rows = bench.rows
     if rows:
         text = page(rows, " ".join(["python -m benchmarks.replacement", *sys.argv[1:]]))
         (given.results / "replacement.md").write_text(text)
