@@ -447,6 +447,10 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
     removed = f"{measure_name(result)} removed"
     table = Table("network", removed, "parameters", "MACs", "validation", "test", "test, change")
     table.add_row("baseline", "0.00 %", f"{base['parameters']:,}", f"{base['macs']:,}", *_accuracies(base), "")
+    if "replacement" in result:
+        row = result["replacement"]
+        change = f"{100 * (row['test_accuracy'] - base['test_accuracy']):+.2f} points"
+        table.add_row(f"after replacement {row['how']}", "0.00 %", "", "", *_accuracies(row), change)
     # what max_drop found need not be among the first guesses
     found = [point for point in result["points"] if point not in result["comparison"]]
     for point in sorted([*result["comparison"], *found], key=lambda point: float(point["compression"])):

@@ -21,6 +21,7 @@ from env.errors import NonFiniteError, UserError
 from env.groups import count_logits
 from env.measure import Measure
 from env.networks import build_network
+from env.replacement import require_filters
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
@@ -105,6 +106,8 @@ def preflight(
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
+    if config.replacement.how:
+        require_filters(plan, config.replacement.share)
     return dataset
 
 

@@ -21,7 +21,16 @@ from env.importance import IMPORTANCES
 from env.recognizer import Recognizer
 from env.seeds import derive_seed
 
-__all__ = ["COPIES", "TREATMENTS", "ReplacementConfig", "replace_filters", "sources", "treat", "weakest"]
+__all__ = [
+    "COPIES",
+    "TREATMENTS",
+    "ReplacementConfig",
+    "replace_filters",
+    "require_filters",
+    "sources",
+    "treat",
+    "weakest",
+]
 
 #: "1": the k highest, once each, over the k lowest. "2": the single highest over all of them. "3": as often as needed,
 #: in proportion to importance.
@@ -63,17 +72,11 @@ _RULES = {
 def treat(recognizer: Recognizer, config: ReplacementConfig, *, fresh: nn.Module, seed: int) -> None:
     """Find the weakest filters of the recognizer's network by `config.importance`, and treat them, in place.
 
-    `fresh` is the same network newly initialised; `seed` draws the images behind importance, and noise. UserError where
-    `config.share` of the widest layer is no filter at all.
+    `fresh` is the same network newly initialised; `seed` draws the images behind importance, and noise. UserError as
+    `require_filters`.
     """
     plan = recognizer.plan
-    if int(config.share * int(plan.widths.max())) < 1:
-        raise UserError(
-            "replacement.share",
-            expected=f"at least {1 / int(plan.widths.max()):.3f}, one filter of the widest layer",
-            got=repr(config.share),
-            remedy="raise it",
-        )
+    require_filters(plan, config.share)
     scores = recognizer.importance(
         config.importance, recognizer.full(), images=config.images, batch_size=_BATCH, seed=seed
     )
@@ -86,6 +89,18 @@ def treat(recognizer: Recognizer, config: ReplacementConfig, *, fresh: nn.Module
         fresh=fresh.state_dict(),
         generator=torch.Generator().manual_seed(derive_seed(seed, "noise")),
     )
+
+
+def require_filters(plan: ChannelPlan, share: float) -> None:
+    """UserError where `share` of the widest layer is no filter at all."""
+    widest = int(plan.widths.max())
+    if int(share * widest) < 1:
+        raise UserError(
+            "replacement.share",
+            expected=f"at least {1 / widest:.3f}, one filter of the widest layer",
+            got=repr(share),
+            remedy="raise it",
+        )
 
 
 def weakest(plan: ChannelPlan, scores: Tensor, share: float) -> list[Tensor]:

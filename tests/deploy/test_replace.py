@@ -1,0 +1,162 @@
+"""Filter replacement in a campaign: the real command with tiny numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from deploy import cli
+from deploy.config import load, parse
+from env.compact_file import network_from_file
+from env.errors import UserError
+from env.replacement import TREATMENTS
+
+TINY = """
+[network]
+width = 0.25
+[data]
+validation_share = 0.2
+[baseline]
+epochs = 4
+batch_size = 64
+[replacement]
+share = 0.25
+images = 60
+[replacement_training]
+epochs = 1
+batch_size = 64
+[search]
+method = "hrank"
+[episode]
+targets = [0.6]
+waypoints = 1
+step_minibatches = 2
+recovery_minibatches = 2
+rank_images = 60
+[recovery]
+epochs = 1
+batch_size = 64
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])  # it takes longest
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+def zeroout(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    """Run the command in this process; its exit code."""
+    monkeypatch.setattr("sys.argv", ["zeroout", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((out / "result.json").read_text())
+    return result
+
+
+def test_filters_are_replaced_trained_on_and_then_pruned(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
+) -> None:
+    asked = ("--method", "hrank", "--share", 0.25, "--compression", 0.6, "--steps", 1)
+    outs = {how: tmp_path / f"out{how}" for how in ("", "none", "2")}
+    weights = outs[""] / "baseline" / "model.safetensors"
+    for how, out in outs.items():
+        given = ("--replace", how) if how else ()
+        sets = () if not how else ("--set", f"network.weights={json.dumps(str(weights))}")
+        assert zeroout(monkeypatch, "prune", config, *asked, *given, *sets, "--out", out) == 0
+    printed = capsys.readouterr().out
+    results = {how: result_of(out) for how, out in outs.items()}
+    assert "replacement" not in results[""]
+    assert not (outs[""] / "baseline" / "replaced.json").exists()
+    for how in ("none", "2"):
+        row = results[how]["replacement"]
+        assert (row["how"], row["share"]) == (how, 0.25)
+        assert results[how]["baseline"] == results[""]["baseline"]  # that of the network as it was
+        assert f"after replacement {how}" in printed
+        facts = json.loads((outs[how] / "baseline" / "replaced.json").read_text())
+        assert row["val_accuracy"] == facts["validation"]["accuracy"]
+        trained = network_from_file(str(outs[how] / "baseline" / "replaced.safetensors"))
+        assert sum(parameter.numel() for parameter in trained.parameters()) == results[how]["baseline"]["parameters"]
+        (point,) = results[how]["points"]
+        assert point["policy"] == "hrank"
+        assert point["compression"] >= 0.6
+    at_once = {how: json.loads((outs[how] / "baseline" / "replaced.json").read_text()) for how in ("none", "2")}
+    assert at_once["none"]["validation_at_once"]["accuracy"] == results[""]["baseline"]["val_accuracy"]
+    assert at_once["2"]["validation_at_once"] != at_once["none"]["validation_at_once"]
+
+
+def test_a_campaign_cut_off_after_any_product_ends_in_the_same_network(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+) -> None:
+    out = tmp_path / "out"
+    assert zeroout(monkeypatch, "prune", config, "--replace", "1", "--method", "hrank", "--out", out) == 0
+    first, model = result_of(out), next((out / "recovered").glob("*.safetensors"))
+    weights = model.read_bytes()
+    for gone in (["result.json"], ["result.json", "baseline/replaced.json", "baseline/replaced.safetensors"]):
+        for path in [*(out / name for name in gone), *(out / "recovered").iterdir(), *(out / "candidates").iterdir()]:
+            path.unlink(missing_ok=True)
+        (out / "episodes.jsonl").unlink()
+        assert zeroout(monkeypatch, "resume", out) == 0
+        assert {**result_of(out), "seconds": 0} == {**first, "seconds": 0}
+        assert model.read_bytes() == weights
+
+
+@pytest.mark.parametrize("method", ["fpgm", "l2"])
+def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, method: str
+) -> None:
+    out = tmp_path / "out"
+    asked = ("--method", method, "--allocation", "balanced", "--steps", 3)
+    assert zeroout(monkeypatch, "prune", config, *asked, "--out", out) == 0
+    assert result_of(out)["points"][0]["policy"] == method
+    assert load(out / "campaign.toml").search.allocation == "balanced"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--replace", "4"), f"replacement.how: expected one of {', '.join(TREATMENTS)}, or nothing, got '4'"),
+        (("--replace", "1", "--share", "1.5"), "replacement.share: expected a share above 0 and below 1, got 1.5"),
+        (("--replace", "1", "--share", "0.7"), "replacement.share: expected at most 0.5 for replacement 1"),
+        (("--replace", "2", "--share", "0.01"), "replacement.share: expected at least 0.042, one filter of the widest"),
+        (("--allocation", "fair"), "search.allocation: expected global | uniform | balanced, with search.method"),
+        (("--method", "random", "--allocation", "uniform"), "got 'uniform' with random"),
+        (("--replace", "1", "--set", "replacement_training.batch_size=5000"), "training images: expected at least one"),
+        (("--replace", "1", "--set", "replacement_training.epochs=0"), "replacement_training.epochs: expected"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    config: Path,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    assert zeroout(monkeypatch, "prune", config, *arguments, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error
+    assert "\n" not in error
+
+
+def test_a_layer_keeps_the_filters_it_must_keep() -> None:
+    with pytest.raises(UserError, match=r"episode\.min_width"):
+        parse(TINY, ["episode.min_width=0"])
