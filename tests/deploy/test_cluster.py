@@ -29,6 +29,7 @@ def made() -> Iterator[Any]:
         patch.setenv("ZEROOUT_REDIS_URL", "")
         for name in ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "PYTHONPATH", "OMP_NUM_THREADS"):
             patch.setenv(name, "")  # set by the cluster; as before after it
+        patch.setenv("RAY_health_check_period_ms", "1000")
         with cluster() as found:
             yield found
 

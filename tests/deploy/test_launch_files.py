@@ -273,8 +273,9 @@ def test_pods_run_as_the_images_user_without_privileges() -> None:
 
 
 def test_the_manifests_hold_no_secret_and_want_the_token() -> None:
-    (variable,) = groups()[0]["template"]["spec"]["containers"][0]["env"]
-    assert (variable["name"], list(variable["valueFrom"])) == ("ZEROOUT_REDIS_URL", ["secretKeyRef"])
+    variables = {entry["name"]: entry for entry in groups()[0]["template"]["spec"]["containers"][0]["env"]}
+    assert list(variables.pop("ZEROOUT_REDIS_URL")["valueFrom"]) == ["secretKeyRef"]
+    assert {name: entry["value"] for name, entry in variables.items()} == {"RAY_health_check_period_ms": "1000"}
     assert RAY_CLUSTER["spec"]["authOptions"] == {"mode": "token"}
 
 
