@@ -40,7 +40,7 @@ from actors.schedule import EpisodeOrder, ScheduleConfig, order
 from actors.snapshot import Snapshot, snapshot_from_bytes, snapshot_to_bytes
 from agents.controller import Controller, ControllerConfig
 from agents.ladder import Ladder
-from agents.policies import ControllerPolicy, Policy, Shadowed
+from agents.policies import ControllerPolicy, Policy, Shadowed, importance_of
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_bytes
 from env.compression import CompressionEnv, EpisodeConfig
@@ -162,10 +162,10 @@ class Player:
         self, name: str, brief: Brief, dataset: Dataset, *, device: str = "cpu", metrics: Metrics = NO_METRICS
     ) -> None:
         self.name, self.brief, self.metrics = name, brief, metrics
-        recognizer = self._make_recognizer(dataset, device)
-        # every policy reads features, also beside a Controller that does not
-        self.env = CompressionEnv(recognizer, brief.episode, features=True, seed=brief.seed)
-        self.plan, self.ladder = recognizer.plan, brief.ladder(recognizer.plan)
+        self._recognizer = self._make_recognizer(dataset, device)
+        self._envs: dict[str, CompressionEnv] = {}
+        self.env = self._environment("")
+        self.plan, self.ladder = self._recognizer.plan, brief.ladder(self._recognizer.plan)
         self.services = Services(brief, name)
         self._fresh = brief.fresh_controller(self.plan).eval()
         self._controller = copy.deepcopy(self._fresh)
@@ -181,6 +181,7 @@ class Player:
         if claimed is None:
             return None
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
+        self.env = self._environment(importance_of(chosen.policy))
         fingerprint = self.brief.fingerprint(chosen)
         episode = self._taken_up(chosen, fingerprint) or self._begun(chosen, fingerprint)
         played = rollout(
@@ -221,6 +222,15 @@ class Player:
             precision=brief.episode.precision,
             device=device,
         )
+
+    def _environment(self, importance: str) -> CompressionEnv:
+        """The environment for policies that ask for an importance beside the features; made when it is first needed."""
+        if importance not in self._envs:
+            # every policy reads features, also beside a Controller that does not
+            self._envs[importance] = CompressionEnv(
+                self._recognizer, self.brief.episode, features=True, importance=importance, seed=self.brief.seed
+            )
+        return self._envs[importance]
 
     def _learner_is_behind(self) -> bool:
         """Whether the replay's rate limiter holds the actors back; controls need no learner."""

@@ -7,14 +7,14 @@ controls at the same budget (mission.md). Nothing here is remembered by a proces
 import math
 from dataclasses import dataclass
 
-from agents.policies import ALLOCATIONS
+from agents.policies import ALLOCATIONS, HEURISTICS
 from env.errors import UserError
 from env.seeds import derive_seed
 
 __all__ = ["CONTROLS", "METHODS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
 
 #: Groups that a campaign can compare the Controller with.
-CONTROLS = ("random", "taylor", "balanced", "gamma", "cem", "untrained")
+CONTROLS = ("random", "taylor", "balanced", "gamma", "hrank", "fpgm", "l2", "cem", "untrained")
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
 METHODS = (
@@ -37,6 +37,7 @@ class ScheduleConfig:
     episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors (and one for a rule alone)
     actors: int = 2
     teacher_share: float = 0.25  # of the episodes, at the start, played by heuristics
+    teacher_rules: tuple[str, ...] = _TEACHERS  # their first round, of agents.policies.HEURISTICS
     sigma: float = 0.4  # layer offsets of an episode, natural-log units; falls to a quarter over the campaign
     controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
     epsilon_base: float = 0.4  # R2D2's ladder: base ** (1 + alpha i / (actors - 1))
@@ -69,6 +70,14 @@ class ScheduleConfig:
         if self.method not in METHODS:
             raise UserError(
                 "search.method", expected=" | ".join(METHODS), got=repr(self.method), remedy="choose one of them"
+            )
+        strange = [name for name in self.teacher_rules if name not in HEURISTICS]
+        if strange or not self.teacher_rules:
+            raise UserError(
+                "search.teacher_rules",
+                expected=f"one or more of {', '.join(HEURISTICS)}",
+                got=repr(list(self.teacher_rules)),
+                remedy="leave it out, or choose from these",
             )
         if self.allocation and (self.allocation not in ALLOCATIONS or self.method not in _SCORING):
             raise UserError(
@@ -161,8 +170,9 @@ def _who(config: ScheduleConfig, group: str, place: int) -> tuple[str, float, fl
 
 def _learner_or_teacher(config: ScheduleConfig, group: str, place: int) -> tuple[str, float, float]:
     if place < config.teachers:
-        later = place - len(_TEACHERS)
-        teacher = _TEACHERS[place] if later < 0 else _LATER_TEACHERS[later % len(_LATER_TEACHERS)]
+        rules = config.teacher_rules
+        later = place - len(rules)
+        teacher = rules[place] if later < 0 else _LATER_TEACHERS[later % len(_LATER_TEACHERS)]
         return teacher, 0.0, 0.0
     own = config.per_group - config.teachers
     left = 1.0 - (place - config.teachers) / max(own - 1, 1)

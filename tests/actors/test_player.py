@@ -241,6 +241,18 @@ def test_every_worker_starts_from_the_same_controller_and_leaves_the_global_gene
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_a_teacher_that_asks_for_more_than_the_features_feeds_the_replay_as_others_do(
+    brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay
+) -> None:
+    brief = replace(brief, schedule=replace(brief.schedule, teacher_rules=("hrank",)))
+    player = Player("actor-0", brief, dataset)
+    assert played(player)["policy"] == "hrank"
+    assert "importance" in player.env.observation_space.spaces
+    assert replay.stats().inserted == 2
+    assert played(player)["policy"] == "controller"
+    assert "importance" not in player.env.observation_space.spaces
+
+
 def test_controls_do_not_feed_the_replay(brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay) -> None:
     skip_search(ledger)
     record = played(Player("actor-0", brief, dataset))
@@ -348,7 +360,7 @@ UNLIKE = ("actor", "begun_by", "steps_again", "seconds", "phases", "finished")
 
 def longer(brief: Brief) -> Brief:
     """With episodes of seven steps, of which the fourth and the last reach targets, by everybody who can decide."""
-    controls = ("cem", "random", "untrained")
+    controls = ("cem", "random", "untrained", "hrank")
     return replace(
         brief,
         episode=replace(brief.episode, waypoints=STEPS),

@@ -33,6 +33,10 @@ def group(config: ScheduleConfig, name: str) -> list[EpisodeOrder]:
         ({"epsilon_alpha": -7.0}, "search.epsilon_alpha: expected a number of at least 0, got -7.0"),
         ({"controls": ("taylor", "magic")}, r"search.controls: expected different ones of random, .*'magic'"),
         ({"controls": ("cem", "cem")}, "search.controls: expected different ones of"),
+        ({"teacher_rules": ()}, "search.teacher_rules: expected one or more of uniform-l1, "),
+        ({"teacher_rules": ("taylor", "magic")}, r"search.teacher_rules: .* got \['taylor', 'magic'\]"),
+        ({"allocation": "uniform"}, "search.allocation: expected global | uniform | balanced"),
+        ({"method": "gamma", "allocation": "fair"}, "search.allocation: .* got 'fair' with gamma"),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(changes: dict[str, Any], message: str) -> None:
