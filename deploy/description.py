@@ -3,8 +3,6 @@
 `deploy/export.py` puts it inside each file, and beside them as JSON with the list of the files.
 """
 
-import base64
-import binascii
 import contextlib
 import json
 import re
@@ -13,10 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from deploy.agreement import unpacked_mask
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, versions, write_atomic
 from env.channels import ChannelPlan
@@ -165,13 +163,7 @@ def _keep_mask(origin: Origin, point: Record) -> Tensor | None:
     """The mask in frontier.json of the episode that this network came from, bool [units], where it is known."""
     episode = ("target", "group", "episode")
     found = [best for best in origin.frontier if all(best.get(key) == point.get(key) for key in episode)]
-    try:
-        packed = base64.b64decode(found[0]["keep_bits"], validate=True) if found else b""
-    except (KeyError, binascii.Error):
-        return None
-    units = origin.plan.units
-    bits = np.unpackbits(np.frombuffer(packed, np.uint8))
-    return torch.from_numpy(bits[:units].astype(bool)) if len(packed) == (units + 7) // 8 else None
+    return unpacked_mask(found[0].get("keep_bits", ""), origin.plan.units) if found else None
 
 
 def image_shape(description: Record) -> tuple[int, int, int]:

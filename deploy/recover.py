@@ -3,7 +3,7 @@
 Its products are `recovered/GROUP-TARGET.safetensors` with a `.json` beside each, and result.json.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from agents.ladder import TOLERANCE
+from deploy.agreement import agreement, importances, keep_mask_of
 from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
@@ -141,8 +142,17 @@ class Recovery:
             "seconds": round(sum(record["seconds"] for record in records), 1),
             "seed": self.config.seed,
         }
+        self._compare_with_importances(result["points"], records)
         write_json(self.folder.result_json, result)
         return result
+
+    def _compare_with_importances(self, points: list[dict[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:
+        """Add to each point how far the importances agree with what was kept, where its mask is known."""
+        plan, scores = importances(self.config, self.dataset, self.baseline)
+        for point in points:
+            keep_mask = keep_mask_of(records, point, plan.units)
+            if keep_mask is not None:
+                point["agreement"] = agreement(plan, keep_mask, scores)
 
     def _replacement(self) -> dict[str, Any]:
         """What filter replacement made of the baseline before anything was pruned; nothing where there was none."""

@@ -66,7 +66,7 @@ def layers_section(campaign: CampaignFolder, result: Record | None) -> str:
     if not described:
         return ""
     tables = [
-        disclosure(_kept_in_all(point, layers), _layer_table(layers), is_open=number == 0)
+        disclosure(_kept_in_all(point, layers), _layer_table(layers) + _agreement(point), is_open=number == 0)
         for number, (point, layers) in enumerate(described)
     ]
     note = "Each bar is a layer, from its first filter to its last; what is coloured was kept."
@@ -95,6 +95,20 @@ def _layer_table(layers: Sequence[Record]) -> str:
         for layer in layers
     ]
     return raw_table("Filters kept of each layer", ("layer", "filters kept", "share", "which"), rows)
+
+
+def _agreement(point: Record) -> str:
+    """How far each importance agrees with what was kept (deploy/agreement.py); empty where that is not known."""
+    found = dict(point.get("agreement") or {})
+    if not found:
+        return ""
+    chance = found.pop("chance")
+    shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in sorted(found.items(), key=lambda kv: -kv[1]))
+    said = (
+        f"Of the filters kept, so many are among the highest of their layer by each importance of the network before "
+        f"it was pruned: {shares}. As many chosen at random: {percent(chance, 0)}."
+    )
+    return f"<p class=dim>{text(said)}</p>"
 
 
 def learning_section(records: Sequence[Record]) -> str:

@@ -98,6 +98,8 @@ def test_filters_are_replaced_trained_on_and_then_pruned(
         (point,) = results[how]["points"]
         assert point["policy"] == "hrank"
         assert point["compression"] >= 0.6
+        # it was decided by another draw of the same images' rank
+        assert point["agreement"]["rank"] > max(0.7, point["agreement"]["chance"])
     at_once = {how: json.loads((outs[how] / "baseline" / "replaced.json").read_text()) for how in ("none", "2")}
     assert at_once["none"]["validation_at_once"]["accuracy"] == results[""]["baseline"]["val_accuracy"]
     assert at_once["2"]["validation_at_once"] != at_once["none"]["validation_at_once"]
