@@ -19,14 +19,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/zeroout run --out runs/demo
 
+# The rooms without Ray by two processes; the rest one after the other, as each of it starts processes of its own.
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/env tests/agents tests/learner
+	$(BIN)/python -m pytest tests/actors tests/deploy tests/test_*.py
 
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(MAKE) test
 
 # docs/*.png again; needs Debian's chromium, chromium-driver and prometheus
 screenshots: install
