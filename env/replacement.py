@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: "1": the k highest, once each, over the k lowest. "2": the single highest over all of them. "3": as often as needed,
-#: in proportion to importance.
+#: in proportion to how far a filter's importance is above the layer's lowest.
 COPIES = ("1", "2", "3")
 #: What may become of the weakest filters. "none": nothing, "reinit": fresh weights, "noise": their own with noise.
 TREATMENTS = (*COPIES, "none", "reinit", "noise")
@@ -118,8 +118,9 @@ def weakest(plan: ChannelPlan, scores: Tensor, share: float) -> list[Tensor]:
 def sources(plan: ChannelPlan, scores: Tensor, share: float, how: str) -> dict[int, int]:
     """Which unit is copied over which, by the unit that is overwritten; `how` is one of `COPIES`.
 
-    Replacement 3 gives the free places one after the other to the filter with the highest importance per copy of it
-    that there would then be (the divisor method of D'Hondt), so that multiplicities are in proportion to importance.
+    Replacement 3 gives the free places one after the other to the filter with the highest importance above the layer's
+    lowest, per copy of it that there would then be (the divisor method of D'Hondt). In proportion to the importance
+    itself it would be replacement 1: the ranks of a layer hardly ever differ by a factor of two.
     """
     pairs: dict[int, int] = {}
     for order, weak in zip(_strongest_first(plan, scores), weakest(plan, scores, share), strict=True):
@@ -127,7 +128,7 @@ def sources(plan: ChannelPlan, scores: Tensor, share: float, how: str) -> dict[i
         if how == "2":
             chosen = strong[:1].expand(len(weak))
         elif how == "3":
-            chosen = _in_proportion(strong, scores[strong], len(weak))
+            chosen = _in_proportion(strong, scores[strong] - scores[order].min(), len(weak))
         else:
             chosen = strong[: len(weak)]
         pairs.update(zip(weak.flip(0).tolist(), chosen.tolist(), strict=True))  # the strongest over the weakest
@@ -183,10 +184,14 @@ def _strongest_first(plan: ChannelPlan, scores: Tensor) -> Iterator[Tensor]:
 
 
 def _in_proportion(units: Tensor, scores: Tensor, places: int) -> Tensor:
-    """Which of the `units` get `places` further copies, in the order in which they are given: int64 [places]."""
+    """Which of the `units` get `places` further copies, in the order in which they are given: int64 [places].
+
+    `scores` are at least 0; where all are, the units take turns.
+    """
     copies, chosen = torch.ones(len(units), dtype=torch.float64), []
+    weights = scores.double().clamp(min=torch.finfo(torch.float64).tiny)
     for _ in range(places):
-        best = int((scores.double() / (copies + 1)).argmax())
+        best = int((weights / (copies + 1)).argmax())
         copies[best] += 1
         chosen.append(int(units[best]))
     return torch.tensor(chosen, dtype=torch.int64)
