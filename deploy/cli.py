@@ -320,22 +320,41 @@ def export(
     repeats: Annotated[
         int, typer.Option(min=0, help="Timed calls of each network at each batch size; 0 measures nothing.")
     ] = 50,
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Also as TARGET.int8.onnx, and the original as baseline.int8.onnx: quantized after training, without "
+            "retraining. Needs the campaign's images: 512 of its training images say which values occur, and each file "
+            "is judged on validation and test beside its float network. ONNX is then among the formats.",
+        ),
+    ] = False,
 ) -> None:
     """Write a finished campaign's networks as files, each read back and compared with the network it came from.
 
     Prints the files, and a table of their sizes and latencies beside the original's (also in export/table.json).
+
+    Example: `zeroout export runs/demo --int8` writes every network in int8 too, and prints what that costs in accuracy.
     """
     from deploy.export import export as export_networks
+    from deploy.export_table import render_int8, render_table
     from deploy.formats import FORMATS
-    from deploy.latency import render_table, write_table
+    from deploy.latency import write_table
+    from deploy.quantize import export_int8
 
     campaign, failures = _opened(folder), list[ZerooutError]()
-    formats = [file_format] if file_format else FORMATS
-    paths = export_networks(campaign, compression=compression, formats=formats, warn=failures.append)
+    # in int8 a network is judged beside itself in float
+    formats = dict.fromkeys([file_format, *(["onnx"] if int8 else [])]) if file_format else FORMATS
+    paths = export_networks(campaign, compression=compression, formats=list(formats), warn=failures.append)
+    if int8:
+        paths += export_int8(campaign, compression=compression, warn=failures.append)
     for path in paths:
         typer.echo(path)
     table = write_table(campaign, paths, repeats=repeats)
-    Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH).print(render_table(table))
+    console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
+    console.print(render_table(table))
+    if int8:
+        console.print(render_int8(table))
     if failures:
         users = all(isinstance(failure, UserError) for failure in failures)
         _leave(2 if users else 1, "\n".join(f"zeroout: {failure}" for failure in failures))

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deploy.agreement import unpacked_mask
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, versions, write_atomic
+from deploy.formats import INT8
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, describe_layers, describe_modules, form_of_file, network_from_file
 from env.data import DataConfig, Dataset, load_dataset
@@ -24,6 +25,8 @@ from env.errors import UserError, ZerooutError
 
 __all__ = ["Origin", "Task", "describe", "image_shape", "task_of", "write_description"]
 
+_COMPRESSED = "a convolutional network compressed by zeroout: whole filters were removed, the rest was retrained"
+_BASELINE = "a convolutional network before zeroout removed anything, to stand beside what it has made of it"
 _FIGURES = ("parameters", "macs", "val_accuracy", "test_accuracy")
 
 Record = dict[str, Any]
@@ -122,14 +125,14 @@ def describe(origin: Origin, point: Record, form: NetworkForm, network: nn.Modul
 
     Args:
         origin: the campaign.
-        point: of its result.json.
+        point: of its result.json; or the baseline, which has no target.
         form: of the network.
         network: the compact one.
 
     """
     shape, task = origin.image_shape, origin.task
     return {
-        "what": "a convolutional network compressed by zeroout: whole filters were removed, the rest was retrained",
+        "what": _COMPRESSED if "target" in point else _BASELINE,
         "input": {
             "name": "images",
             "shape": ["batch", *shape],
@@ -143,6 +146,7 @@ def describe(origin: Origin, point: Record, form: NetworkForm, network: nn.Modul
         "load": {
             "safetensors": "env.compact_file.network_from_file(path)(images), with zeroout installed",
             "onnx": "onnxruntime.InferenceSession(path).run(['logits'], {'images': images.numpy()})",
+            INT8: "as onnx: images and logits are float32, weights and activations inside are 8 bits",
             "pt2": "torch.export.load(path).module()(images), with torch alone; it is in eval mode already",
         },
         "compact": {key: point.get(key) for key in ("compression", *_FIGURES)},

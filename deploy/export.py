@@ -16,13 +16,22 @@ import torch
 from deploy.config import load
 from deploy.description import Origin, describe, task_of, write_description
 from deploy.folder import CampaignFolder, read_json
-from deploy.formats import FORMATS, FixedBatchError, Source, load_exported
+from deploy.formats import FORMATS, INT8, FixedBatchError, Source, load_exported
 from env.compact_file import form_of_file, network_from_file
 from env.data import Dataset
 from env.errors import UserError, ZerooutError, first_line
 from env.files import replace_file
 
-__all__ = ["export", "points_of"]
+__all__ = [
+    "NotExportedError",
+    "cannot_write",
+    "chosen_points",
+    "disk_trouble_named",
+    "export",
+    "model_of",
+    "points_of",
+    "root_cause",
+]
 
 #: Of the largest logit (at least 1), float32: onnxruntime fuses batch-norm into convolutions, which rounds differently.
 _TOLERANCE = 1e-4
@@ -62,15 +71,13 @@ def export(
     for name in formats:
         if name not in FORMATS:
             raise UserError("--format", expected=" | ".join(FORMATS), got=repr(name), remedy="choose one of them")
-    points = points_of(folder)
-    targets = [point["target"] for point in points]
-    if compression is not None:
-        points = [_nearest(points, compression)]
+    points = chosen_points(folder, compression)
     config = load(folder.campaign_toml)
-    with _disk_trouble_named(folder.export):
+    with disk_trouble_named(folder.export):
         folder.export.mkdir(exist_ok=True)
+    targets = [point["target"] for point in points_of(folder)]
     task = task_of(folder, targets, config.data, dataset, warn)
-    origin = Origin.read(folder, config, task, _there(folder, folder.baseline / "model.safetensors"))
+    origin = Origin.read(folder, config, task, model_of(folder, folder.baseline / "model.safetensors"))
     written: list[Path] = []
     for point in points:
         written += _export_point(folder, origin, point, formats, warn)
@@ -98,7 +105,11 @@ def points_of(folder: CampaignFolder) -> list[Record]:
     return points
 
 
-def _nearest(points: Sequence[Record], compression: float) -> Record:
+def chosen_points(folder: CampaignFolder, compression: float | None) -> list[Record]:
+    """The points of result.json, or the one that lies within 0.01 of `compression`; UserError as `export`."""
+    points = points_of(folder)
+    if compression is None:
+        return points
     nearest = min(points, key=lambda point: abs(point["target"] - compression))
     if not abs(nearest["target"] - compression) <= 0.01:  # also where it is NaN
         raise UserError(
@@ -107,14 +118,14 @@ def _nearest(points: Sequence[Record], compression: float) -> Record:
             got=str(compression),
             remedy="choose one of them",
         )
-    return nearest
+    return [nearest]
 
 
 def _export_point(
     folder: CampaignFolder, origin: Origin, point: Record, formats: Sequence[str], warn: Warn
 ) -> list[Path]:
     """Write one network and its description; returns the files of `formats` that were written."""
-    model = str(_there(folder, folder.path / str(point["model"])))
+    model = str(model_of(folder, folder.path / str(point["model"])))
     form, network = form_of_file(model), network_from_file(model)
     description = describe(origin, point, form, network)
     source = Source(network, form, origin.image_shape, description)
@@ -123,7 +134,7 @@ def _export_point(
         path = folder.export / f"{point['target']}.{name}"
         try:
             files[path.name] = _write_verified(path, name, source)
-        except _NotExportedError as failure:
+        except NotExportedError as failure:
             warn(failure.reason)
         else:
             written.append(path)
@@ -131,8 +142,8 @@ def _export_point(
     return written
 
 
-class _NotExportedError(Exception):
-    """A format that this network was not written in; the others go on."""
+class NotExportedError(Exception):
+    """A file that was not written of this network; the others go on."""
 
     def __init__(self, reason: ZerooutError) -> None:
         super().__init__(str(reason))
@@ -144,8 +155,8 @@ def _write_verified(path: Path, name: str, source: Source) -> Record:
     try:
         data = source.encode(name)
     except Exception as error:  # a user's own network makes torch's exporters raise nearly anything
-        raise _NotExportedError(_cannot_write(path, name, error)) from error
-    with _disk_trouble_named(path), replace_file(path) as pending:
+        raise NotExportedError(cannot_write(path, name, error)) from error
+    with disk_trouble_named(path), replace_file(path) as pending:
         pending.write_bytes(data)
         difference = _compare(pending, path, name, source)
     return {
@@ -157,9 +168,11 @@ def _write_verified(path: Path, name: str, source: Source) -> Record:
     }
 
 
-def _cannot_write(path: Path, name: str, error: Exception) -> UserError:
-    got, remedy = _first_line(error), "change what its forward does there"
-    writer = "torch.onnx" if name == "onnx" else "torch.export"
+def cannot_write(path: Path, name: str, error: Exception) -> UserError:
+    """What torch's exporters made of a network, and what mends it."""
+    got, remedy = root_cause(error), "change what its forward does there"
+    writer = "torch.onnx" if name in ("onnx", INT8) else "torch.export"
+    without = "leave --int8 out" if name == INT8 else "do without this format: --format safetensors"
     if isinstance(error, FixedBatchError):
         got = "a forward that fixes how many there are"
         remedy = "let it take their number from x.shape[0], not from len(x) or a number written out"
@@ -167,7 +180,7 @@ def _cannot_write(path: Path, name: str, error: Exception) -> UserError:
         f"export {path}",
         expected=f"a network that {writer} can write for any batch of images",
         got=got,
-        remedy=f"{remedy}, or do without this format: --format safetensors",
+        remedy=f"{remedy}, or {without}",
     )
 
 
@@ -181,13 +194,13 @@ def _compare(pending: Path, path: Path, name: str, source: Source) -> float:
         try:
             got = load_exported(pending, name)(images)
         except Exception as error:  # whatever a runtime raises for what it cannot run
-            raise _NotExportedError(
-                ZerooutError(f"export {path}: not written, it cannot be loaded back ({_first_line(error)})")
+            raise NotExportedError(
+                ZerooutError(f"export {path}: not written, it cannot be loaded back ({root_cause(error)})")
             ) from error
         difference = float((expected - got).abs().max())
         allowed = _TOLERANCE * max(1.0, float(expected.abs().max()))
         if not difference <= allowed:  # also where it is NaN
-            raise _NotExportedError(
+            raise NotExportedError(
                 ZerooutError(
                     f"export {path}: not written, its logits differ by {difference:.2g} from the network's "
                     f"({allowed:.2g} is allowed)"
@@ -197,7 +210,8 @@ def _compare(pending: Path, path: Path, name: str, source: Source) -> float:
     return largest
 
 
-def _there(folder: CampaignFolder, model: Path) -> Path:
+def model_of(folder: CampaignFolder, model: Path) -> Path:
+    """The file of a network of this campaign; UserError where it is not there."""
     if not model.is_file():
         raise UserError(
             f"model {model}",
@@ -208,7 +222,7 @@ def _there(folder: CampaignFolder, model: Path) -> Path:
     return model
 
 
-def _first_line(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The kind and first line of the error at the root: exporters wrap it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -216,7 +230,8 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def _disk_trouble_named(path: Path) -> Iterator[None]:
+def disk_trouble_named(path: Path) -> Iterator[None]:
+    """UserError for whatever the operating system says while `path` is written."""
     try:
         yield
     except OSError as error:

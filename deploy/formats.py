@@ -1,7 +1,7 @@
 """The formats a network is exported in: how each is written, and loaded back as its user would.
 
 A safetensors file for Zeroout itself, a `torch.export` program (.pt2) for torch alone, an ONNX file for the rest.
-Called by `deploy/export.py` and `deploy/latency.py`.
+Called by `deploy/export.py` and `deploy/latency.py`; `deploy/quantize.py` makes an ONNX file in int8 of that in float.
 """
 
 import contextlib
@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 
-__all__ = ["FORMATS", "FixedBatchError", "Source", "load_exported"]
+__all__ = ["FORMATS", "INT8", "FixedBatchError", "Source", "format_of", "load_exported", "network_of", "quiet"]
 
 FORMATS = ("safetensors", "onnx", "pt2")
+INT8 = "int8.onnx"  # made of the ONNX file and of images, so that it is asked for apart
+_ERRORS = 3  # of onnxruntime's levels
 _TRACED_BATCH = 3  # images; torch takes 0 and 1 for fixed sizes
 
 
@@ -85,8 +87,18 @@ class Source:
             form = replace(self.form, network=replace(self.form.network, weights=""))  # a path of this machine
             return network_to_bytes(self.network, form, description=self.description)
         text = json.dumps(self.description)
-        with _quiet():
+        with quiet():
             return _pt2(self.program, text) if name == "pt2" else _onnx(self.program, text)
+
+
+def format_of(path: Path) -> str:
+    """The format of an exported file: one of FORMATS, or INT8."""
+    return INT8 if path.name.endswith(f".{INT8}") else path.suffix.removeprefix(".")
+
+
+def network_of(path: Path) -> str:
+    """The network of an exported file, as its name says: a target, or the baseline."""
+    return path.name.removesuffix(f".{format_of(path)}")
 
 
 def load_exported(path: Path, name: str, *, threads: int = 0) -> Callable[[Tensor], Tensor]:
@@ -94,12 +106,12 @@ def load_exported(path: Path, name: str, *, threads: int = 0) -> Callable[[Tenso
 
     `threads` is onnxruntime's, 0 = as it likes; torch's are set for the whole process.
     """
-    if name == "onnx":
+    if name in ("onnx", INT8):
         return _onnx_session(path, threads)
     if name == "safetensors":
         network = network_from_file(str(path))
     else:
-        with _quiet():
+        with quiet():
             network = torch.export.load(io.BytesIO(path.read_bytes())).module()
 
     def run(images: Tensor) -> Tensor:
@@ -114,6 +126,7 @@ def _onnx_session(path: Path, threads: int) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    options.log_severity_level = _ERRORS  # what it merely warns of is its own business
     options.intra_op_num_threads = options.inter_op_num_threads = threads
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
@@ -142,8 +155,8 @@ def _onnx(program: torch.export.ExportedProgram, description: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch's exporters chatter on every channel; what matters comes as an exception."""
+def quiet() -> Iterator[None]:
+    """Exporters chatter on every channel; what matters comes as an exception."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

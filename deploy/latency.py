@@ -1,7 +1,7 @@
-"""How quick the exported networks are beside the original: measured, printed, kept as `export/table.json`.
+"""How quick, large and accurate the exported networks are beside the original, kept as `export/table.json`.
 
-Called by `zeroout export` only. All networks take turns, call by call, in one run: where the cores are shared with
-other work, what slows one slows its neighbours too.
+Called by `zeroout export` only, which prints it by `deploy/export_table.py`. All networks take turns, call by call, in
+one run: where the cores are shared with other work, what slows one slows its neighbours too.
 """
 
 import contextlib
@@ -17,26 +17,31 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rich.box
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from deploy.description import image_shape
 from deploy.export import points_of
 from deploy.folder import CampaignFolder, read_json, versions, write_json
-from deploy.formats import Source, load_exported
-from env.channels import adopt
+from deploy.formats import INT8, Source, format_of, load_exported, network_of
+from deploy.quantize import BASELINE
+from env.channels import ChannelPlan, adopt
 from env.compact_file import form_of_file, network_from_file
 from env.errors import UserError
 
-__all__ = ["BATCHES", "Latency", "measure", "render_table", "write_table"]
+__all__ = ["ACCURACIES", "BATCHES", "RUNTIMES", "Latency", "latency", "measure", "seconds_by_round", "write_table"]
 
 BATCHES = (1, 32)  # images
 _WARM_UP = 3  # calls of each network, outside the timing
 _LEAST = 5  # timed calls of each network, however slow
 _BUDGET_S = 30.0  # seconds for each batch size, after which no further round begins
-_RUNTIMES = {"safetensors": "torch, eager", "pt2": "torch.export", "onnx": "onnxruntime"}
+RUNTIMES = {
+    "safetensors": "torch, eager",
+    "pt2": "torch.export",
+    "onnx": "onnxruntime",
+    INT8: "onnxruntime, int8",
+}
+ACCURACIES = ("val_accuracy", "test_accuracy")
 
 Record = dict[str, Any]
 Call = Callable[[Tensor], object]
@@ -60,6 +65,19 @@ def measure(
     budget_s: float = _BUDGET_S,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Latency]:
+    """What `seconds_by_round`, of the same arguments, says of each call."""
+    timed = seconds_by_round(calls, images, repeats=repeats, budget_s=budget_s, clock=clock)
+    return {name: latency(seconds) for name, seconds in timed.items()}
+
+
+def seconds_by_round(
+    calls: Mapping[str, Call],
+    images: Mapping[str, Tensor],
+    *,
+    repeats: int,
+    budget_s: float = _BUDGET_S,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Time each of `calls` on its own of `images`, in turns: one call of each in a round, each round begun by another.
 
     Args:
@@ -84,7 +102,13 @@ def measure(
             start = clock()
             calls[name](images[name])
             times[name].append(clock() - start)
-    return {name: _latency(seconds) for name, seconds in times.items()}
+    return times
+
+
+def latency(seconds: Sequence[float]) -> Latency:
+    """The median and quartiles of at least one time in seconds."""
+    first, middle, third = np.quantile(1000 * np.array(seconds), (0.25, 0.5, 0.75)).tolist()
+    return Latency(median_ms=middle, quartile1_ms=first, quartile3_ms=third, n=len(seconds))
 
 
 def write_table(folder: CampaignFolder, paths: Sequence[Path], *, repeats: int) -> Record:
@@ -92,13 +116,16 @@ def write_table(folder: CampaignFolder, paths: Sequence[Path], *, repeats: int) 
 
     Args:
         folder: a finished campaign.
-        paths: what `deploy.export.export` wrote.
+        paths: what `deploy.export.export` and `deploy.quantize.export_int8` wrote.
         repeats: timed calls of each network at each batch size; with 0 the table has sizes and no times.
 
     Returns:
         What table.json holds: `machine`, `versions`, `threads`, `repeats`, and `rows`, for the original and each file:
-        `network`, `format`, `runtime`, `parameters`, `macs`, `bytes`, and where timed `latency` and `speedup` by batch
-        size (the original's median in the same runtime, divided by this one's).
+        `network`, `format`, `runtime`, `parameters`, `macs`, `bytes`, `val_accuracy` and `test_accuracy` (a float
+        network's are those of result.json, those in int8 were measured on the file; null where nobody knows), and where
+        timed `latency` and `speedup` by batch size (the original's float median in the same runtime, divided by this
+        one's). The baseline in int8 is the original's row of that format. Where skip convolutions were added to the
+        original, what was trained is another network than was given: then it stands in rows of its own, `baseline`.
 
     Raises:
         UserError: repeats below 0.
@@ -107,7 +134,7 @@ def write_table(folder: CampaignFolder, paths: Sequence[Path], *, repeats: int) 
     if repeats < 0:
         raise UserError("--repeats", expected="at least 0", got=str(repeats), remedy="0 measures nothing")
     with tempfile.TemporaryDirectory() as scratch, _one_thread():
-        entrants = [*_originals(folder, paths, Path(scratch)), *_exported(folder, paths)]
+        entrants = [*_originals(folder, paths, Path(scratch)), *_exported(folder, paths, Path(scratch))]
         if repeats and entrants:
             _time(entrants, repeats)
     table = {
@@ -119,22 +146,6 @@ def write_table(folder: CampaignFolder, paths: Sequence[Path], *, repeats: int) 
     }
     write_json(folder.export / "table.json", table)
     return table
-
-
-def render_table(table: Record) -> Table:
-    """The rows of `write_table` for people: sizes, median milliseconds with quartiles, speed-up, n."""
-    shown = Table(box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=_caption(table), caption_justify="left")
-    for heading in ("network", "runtime"):
-        shown.add_column(heading, no_wrap=True)
-    headings = ["parameters", "MACs", "bytes"]
-    if table["repeats"]:
-        headings += [heading for batch in BATCHES for heading in (f"batch {batch}", "quartiles", "")] + ["n"]
-    for heading in headings:
-        shown.add_column(heading, justify="right", no_wrap=True)
-    for row in table["rows"]:
-        sizes = [f"{row['parameters']:,}", f"{row['macs'] / 1e6:,.1f} M", f"{row['bytes']:,}"]
-        shown.add_row(row["network"], row["runtime"], *sizes, *_timings(row))
-    return shown
 
 
 @dataclass(frozen=True)
@@ -150,33 +161,75 @@ def _originals(folder: CampaignFolder, paths: Sequence[Path], scratch: Path) -> 
     """The network as it was given, in each runtime of the exported files."""
     if not paths:
         return
-    given = read_json(folder.result_json)["baseline"]
-    source = _original(folder, _shape(paths[0]))
-    for name in dict.fromkeys(_format(path) for path in paths):
-        path = scratch / f"original.{name}"
-        path.write_bytes(source.encode(name))
-        yield _entrant("original", path, given, source.image_shape)
+    facts = read_json(folder.result_json)["baseline"]
+    trained = _baseline(folder, _shape(paths[0]))
+    source = _as_given(trained)
+    if source is not trained:  # nobody has judged it without what was added
+        facts = {**facts, **dict.fromkeys(ACCURACIES)}
+    for name in dict.fromkeys(_float(format_of(path)) for path in paths):
+        yield _entrant("original", _written(scratch / f"original.{name}", source), facts, source.image_shape)
 
 
-def _original(folder: CampaignFolder, shape: tuple[int, int, int]) -> Source:
-    """The baseline without the skip convolutions that were added to it: what the user had is what it costs."""
+def _baseline(folder: CampaignFolder, shape: tuple[int, int, int]) -> Source:
+    """The network that the campaign has compressed."""
     model = str(folder.baseline / "model.safetensors")
-    form, trained = form_of_file(model), network_from_file(model)
-    given = replace(form, network=replace(form.network, skips="coupled"))
-    tensors = {**dict(trained.named_parameters()), **dict(trained.named_buffers())}
-    return Source(adopt(given.build(), tensors), given, shape)
+    return Source(network_from_file(model), form_of_file(model), shape)
 
 
-def _exported(folder: CampaignFolder, paths: Sequence[Path]) -> Iterator[_Entrant]:
+def _as_given(trained: Source) -> Source:
+    """The baseline without the skip convolutions that were added to it: what the user had is what it costs.
+
+    The same object where none were added.
+    """
+    form = replace(trained.form, network=replace(trained.form.network, skips="coupled"))
+    given, tensors = form.build(), {**dict(trained.network.named_parameters()), **dict(trained.network.named_buffers())}
+    added = len(tensors) > len([*given.parameters(), *given.buffers()])
+    return Source(adopt(given, tensors), form, trained.image_shape) if added else trained
+
+
+def _exported(folder: CampaignFolder, paths: Sequence[Path], scratch: Path) -> Iterator[_Entrant]:
+    """The exported files, those of one network side by side, the baseline first."""
     points = {str(point["target"]): point for point in points_of(folder)}
-    for path in paths:
-        yield _entrant(path.stem, path, points[path.stem], _shape(path))
+    networks = list(dict.fromkeys([BASELINE, *map(network_of, paths)]))
+    for path in sorted(paths, key=lambda path: networks.index(network_of(path))):
+        network = network_of(path)
+        if network == BASELINE:
+            yield from _baseline_int8(folder, path, scratch)
+        else:
+            yield _entrant(network, path, points[network] | _judged(path), _shape(path))
 
 
-def _entrant(network: str, path: Path, sizes: Record, shape: tuple[int, ...]) -> _Entrant:
-    name = _format(path)
-    row = {"network": network, "format": name, "runtime": _RUNTIMES[name], "bytes": path.stat().st_size}
-    row |= {key: int(sizes[key]) for key in ("parameters", "macs")}
+def _baseline_int8(folder: CampaignFolder, path: Path, scratch: Path) -> Iterator[_Entrant]:
+    """The baseline in int8; before it in float too, where that is another network than the original."""
+    facts = read_json(folder.result_json)["baseline"]
+    trained = _baseline(folder, _shape(path))
+    if _as_given(trained) is trained:
+        yield _entrant("original", path, facts | _judged(path), trained.image_shape)
+        return
+    plan = ChannelPlan(trained.network, torch.zeros(1, *trained.image_shape))
+    facts = facts | plan.costs(plan.widths)
+    yield _entrant(BASELINE, _written(scratch / f"{BASELINE}.onnx", trained), facts, trained.image_shape)
+    yield _entrant(BASELINE, path, facts | _judged(path), trained.image_shape)
+
+
+def _judged(path: Path) -> Record:
+    """The accuracies of an int8 file, from the description beside it; nothing for another one."""
+    if format_of(path) != INT8:
+        return {}
+    facts = read_json(_description(path))["files"][path.name]
+    return {key: facts[key] for key in ACCURACIES}
+
+
+def _written(path: Path, source: Source) -> Path:
+    path.write_bytes(source.encode(format_of(path)))
+    return path
+
+
+def _entrant(network: str, path: Path, facts: Record, shape: tuple[int, ...]) -> _Entrant:
+    name = format_of(path)
+    row = {"network": network, "format": name, "runtime": RUNTIMES[name], "bytes": path.stat().st_size}
+    row |= {key: int(facts[key]) for key in ("parameters", "macs")}
+    row |= {key: facts.get(key) for key in ACCURACIES}
     return _Entrant(row, load_exported(path, name, threads=1), shape)
 
 
@@ -188,10 +241,10 @@ def _time(entrants: Sequence[_Entrant], repeats: int) -> None:
         measured = measure(calls, images, repeats=repeats)
         original: dict[str, float] = {}
         for index, entrant in enumerate(entrants):
-            row, latency = entrant.row, measured[str(index)]
-            row.setdefault("latency", {})[str(batch)] = asdict(latency)
+            row, found = entrant.row, measured[str(index)]
+            row.setdefault("latency", {})[str(batch)] = asdict(found)
             # the originals come first
-            speedup = original.setdefault(row["runtime"], latency.median_ms) / latency.median_ms
+            speedup = original.setdefault(_float(row["format"]), found.median_ms) / found.median_ms
             row.setdefault("speedup", {})[str(batch)] = speedup
 
 
@@ -202,40 +255,18 @@ def _images(entrant: _Entrant, batch: int) -> Tensor:
     return images.contiguous(memory_format=torch.channels_last) if eager else images
 
 
-def _latency(seconds: Sequence[float]) -> Latency:
-    first, middle, third = np.quantile(1000 * np.array(seconds), (0.25, 0.5, 0.75)).tolist()
-    return Latency(median_ms=middle, quartile1_ms=first, quartile3_ms=third, n=len(seconds))
-
-
 def _shape(path: Path) -> tuple[int, int, int]:
     """Channels, height and width, from the description beside an exported file."""
-    return image_shape(read_json(path.with_suffix(".json")))
+    return image_shape(read_json(_description(path)))
 
 
-def _format(path: Path) -> str:
-    return path.suffix.removeprefix(".")
+def _float(name: str) -> str:
+    """The format in float that one in int8 is made of, and measured against; every other one is float itself."""
+    return "onnx" if name == INT8 else name
 
 
-def _timings(row: Record) -> Iterator[str]:
-    """The row's cells for each batch size, and how often was measured."""
-    if "latency" not in row:
-        return
-    for batch in map(str, BATCHES):
-        known = row["latency"][batch]
-        yield f"{known['median_ms']:.3g}"
-        yield f"{known['quartile1_ms']:.3g}-{known['quartile3_ms']:.3g}"
-        yield "" if row["network"] == "original" else f"{row['speedup'][batch]:.2f}x"
-    yield "/".join(dict.fromkeys(str(known["n"]) for known in row["latency"].values()))
-
-
-def _caption(table: Record) -> str:
-    machine, known = table["machine"], table["versions"]
-    where = f"{machine['processor']}, {machine['cores']} cores, torch {known['torch']}, "
-    how = (
-        "median milliseconds of n calls, one thread, all networks by turns in one run; x: how much quicker than the "
-        "original in the same runtime"
-    )
-    return f"{where}onnxruntime {known['onnxruntime']}; {how if table['repeats'] else 'latency not measured'}"
+def _description(path: Path) -> Path:
+    return path.with_name(f"{network_of(path)}.json")
 
 
 def _machine() -> Record:

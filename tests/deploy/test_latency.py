@@ -1,6 +1,5 @@
 """Latencies are measured by turns, beside the original as it was given, and told with n and spread."""
 
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,12 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from finished_campaign import brought, finished
-from rich.console import Console
 from torch import Tensor
 
 from deploy.export import export
 from deploy.folder import CampaignFolder
-from deploy.latency import Latency, measure, render_table, write_table
+from deploy.latency import Latency, measure, write_table
 from env.compact_file import network_to_bytes
 from env.errors import UserError
 
@@ -125,9 +123,6 @@ def test_nothing_is_timed_with_no_repeats(campaign: CampaignFolder) -> None:
         ("original", "torch, eager"), ("0.5", "torch, eager")
     ]  # fmt: skip
     assert not any("latency" in row or "speedup" in row for row in table["rows"])
-    text = printed(table)
-    assert "latency not measured" in text
-    assert "quartiles" not in text
 
 
 def test_no_files_make_an_empty_table(campaign: CampaignFolder) -> None:
@@ -138,35 +133,3 @@ def test_no_files_make_an_empty_table(campaign: CampaignFolder) -> None:
 def test_repeats_below_0_are_the_users_mistake(campaign: CampaignFolder) -> None:
     with pytest.raises(UserError, match="--repeats: expected at least 0, got -1"):
         write_table(campaign, [], repeats=-1)
-
-
-def test_the_table_says_sizes_median_quartiles_speed_up_n_and_where_it_was_measured() -> None:
-    latency = {"median_ms": 1.234, "quartile1_ms": 1.1, "quartile3_ms": 1.5, "n": 50}
-    slow = {**latency, "median_ms": 123.4, "n": 7}
-    row = {
-        "network": "0.9", "runtime": "onnxruntime", "parameters": 14_728_266, "macs": 313_200_000, "bytes": 58_900_001,
-        "latency": {"1": latency, "32": slow}, "speedup": {"1": 2.5, "32": 0.75},
-    }  # fmt: skip
-    original = {**row, "network": "original", "speedup": {"1": 1.0, "32": 1.0}}
-    table = {
-        "machine": {"processor": "Some CPU", "cores": 2},
-        "versions": {"torch": "2.13.0", "onnxruntime": "1.32.0"},
-        "repeats": 50,
-        "rows": [original, row],
-    }
-    text = printed(table)
-    (line,) = (line for line in text.splitlines() if line.strip().startswith("0.9"))
-    assert line.split() == [
-        "0.9", "onnxruntime", "14,728,266", "313.2", "M", "58,900,001",
-        "1.23", "1.1-1.5", "2.50x", "123", "1.1-1.5", "0.75x", "50/7",
-    ]  # fmt: skip
-    assert "1.00x" not in text
-    assert "Some CPU, 2 cores, torch 2.13.0, onnxruntime 1.32.0; median milliseconds of n calls, one thread" in text
-
-
-def printed(table: dict[str, object]) -> str:
-    """What the command prints where its output is not a terminal."""
-    console = Console(width=120, file=io.StringIO())
-    console.print(render_table(table))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()

@@ -11,9 +11,12 @@ from torch import Tensor, nn
 from deploy.config import CampaignConfig, dump
 from deploy.folder import CampaignFolder
 from env.channels import ChannelPlan
-from env.compact_file import NetworkForm, network_to_bytes
+from env.compact_file import NetworkForm, network_from_file, network_to_bytes
+from env.data import load_dataset
 from env.errors import ZerooutError
 from env.networks import NetworkConfig
+from env.retraining import evaluate
+from env.training import TrainConfig, train
 
 
 def brought(function: str, *, skips: str = "coupled") -> NetworkForm:
@@ -61,6 +64,24 @@ def finished(path: Path, form: NetworkForm, targets: tuple[float, ...] = (0.5,))
     baseline = {"parameters": 9000, "macs": 99000, "val_accuracy": 0.8, "test_accuracy": 0.7}
     folder.result_json.write_text(json.dumps({"baseline": baseline, "points": points}))
     folder.frontier_json.write_text(json.dumps({"targets": frontier}))
+    return folder
+
+
+def trained(path: Path, targets: tuple[float, ...] = (0.5,), *, seed: int = 0) -> CampaignFolder:
+    """A finished campaign on the embedded digits whose networks are trained, with the accuracies that they have."""
+    form = NetworkForm(network=NetworkConfig(name="small", width=0.5), channels=1, classes=10, image_size=8)
+    config = CampaignConfig(network=form.network, seed=seed)
+    folder, dataset = finished(path, form, targets), load_dataset(config.data)
+    folder.campaign_toml.write_text(dump(config))
+    result = json.loads(folder.result_json.read_text())
+    for facts in (result["baseline"], *result["points"]):
+        model = folder.path / facts.get("model", "baseline/model.safetensors")
+        network = network_from_file(str(model))
+        train(network, dataset, config.data, TrainConfig(epochs=2, batch_size=32), seed=seed)
+        for key, split in (("val_accuracy", dataset.validation), ("test_accuracy", dataset.test)):
+            facts[key] = evaluate(network, split, dataset.mean, dataset.std).accuracy
+        model.write_bytes(network_to_bytes(network, form))
+    folder.result_json.write_text(json.dumps(result))
     return folder
 
 
