@@ -40,7 +40,7 @@ of every layer, and recovers: the same images, rates, epochs and seeds for all a
   none     nothing is replaced: the same training only. What the source calls HRank alone
   1        the k strongest, once each, over the k weakest (the source's replacement 1)
   2        the single strongest over all of them (the source's replacement 2)
-  3        as often as needed, in proportion to how far a rank is above the layer's lowest (what the source hopes for)
+  3        as often as needed, in proportion to how far a rank is above those that go (what the source hopes for)
   reinit   the weakest get fresh weights instead
   noise    the weakest get noise as large as the layer's weights vary
 

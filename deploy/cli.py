@@ -143,8 +143,8 @@ def prune(
         str,
         typer.Option(
             help="Before pruning, treat the weakest filters of each layer and train on: 1 (copies of the strongest, "
-            "once each), 2 (copies of the single strongest), 3 (copies in proportion to their importance above the "
-            "lowest); or, to compare, reinit, noise or none (that training alone)."
+            "once each), 2 (copies of the single strongest), 3 (copies in proportion to their importance above those "
+            "that go); or, to compare, reinit, noise or none (that training alone)."
         ),
     ] = "",
     share: Annotated[float, typer.Option(help="Of each layer's filters, for --replace.")] = 0.1,

@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 #: "1": the k highest, once each, over the k lowest. "2": the single highest over all of them. "3": as often as needed,
-#: in proportion to how far a filter's importance is above the layer's lowest.
+#: in proportion to how far a filter's importance is above those that are overwritten.
 COPIES = ("1", "2", "3")
 #: What may become of the weakest filters. "none": nothing, "reinit": fresh weights, "noise": their own with noise.
 TREATMENTS = (*COPIES, "none", "reinit", "noise")
@@ -118,17 +118,19 @@ def weakest(plan: ChannelPlan, scores: Tensor, share: float) -> list[Tensor]:
 def sources(plan: ChannelPlan, scores: Tensor, share: float, how: str) -> dict[int, int]:
     """Which unit is copied over which, by the unit that is overwritten; `how` is one of `COPIES`.
 
-    Replacement 3 gives the free places one after the other to the filter with the highest importance above the layer's
-    lowest, per copy of it that there would then be (the divisor method of D'Hondt). In proportion to the importance
-    itself it would be replacement 1: the ranks of a layer hardly ever differ by a factor of two.
+    Replacement 3 gives the free places one after the other to the filter whose importance is highest above the best
+    that is overwritten, per copy of it that there would then be (the divisor method of D'Hondt). In proportion to the
+    importance itself it would be replacement 1: the ranks of a layer's better filters never differ by a factor of two.
     """
     pairs: dict[int, int] = {}
     for order, weak in zip(_strongest_first(plan, scores), weakest(plan, scores, share), strict=True):
+        if not len(weak):
+            continue
         strong = order[: len(order) - len(weak)]
         if how == "2":
             chosen = strong[:1].expand(len(weak))
         elif how == "3":
-            chosen = _in_proportion(strong, scores[strong] - scores[order].min(), len(weak))
+            chosen = _in_proportion(strong, scores[strong] - scores[weak].max(), len(weak))
         else:
             chosen = strong[: len(weak)]
         pairs.update(zip(weak.flip(0).tolist(), chosen.tolist(), strict=True))  # the strongest over the weakest

@@ -55,7 +55,7 @@ def test_the_weakest_of_each_layer_are_found_and_one_stays() -> None:
     [
         ("1", {2: 1, 4: 3, 7: 8, 6: 5}),
         ("2", {2: 1, 4: 1, 7: 8, 6: 8}),
-        # above the lowest: 8, 7, 4, whose halves give the first place to 1, then 8/3 < 7/2 to 3; 3 and 1: 3/2, then 3/3
+        # above those that go: 7, 6, 3, whose halves give the first place to 1, then 7/3 < 6/2 to 3; 3 and 1: 3/2, 3/3
         ("3", {2: 1, 4: 3, 7: 8, 6: 8}),
     ],
 )
@@ -72,6 +72,16 @@ def test_replacement_3_multiplies_in_proportion_to_importance() -> None:
     scores[:4] = torch.tensor([40.0, 30.0, 20.0, 10.0])  # 96 places, 4 there already: 40, 30, 20 and 10 in the end
     copies = Counter(sources(plan, scores, 0.96, "3").values())
     assert {unit: copies[unit] + 1 for unit in range(4)} == {0: 40, 1: 30, 2: 20, 3: 10}
+
+
+def test_replacement_3_counts_from_those_that_go_and_not_from_a_dead_filter() -> None:
+    plan = ChannelPlan(
+        nn.Sequential(nn.Conv2d(1, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)),
+        torch.zeros(1, 1, 2, 2),
+    )
+    scores = torch.tensor([16.0, 12.0, 11.5, 11.0, 10.5, 10.0, 9.0, 0.0])  # above 10: 6, 2, 1.5, 1, 0.5
+    assert sources(plan, scores, 0.4, "3") == {7: 0, 6: 0, 5: 0}  # 6/2, 6/3, 6/4 > 2/2
+    assert sources(plan, scores, 0.4, "1") == {7: 0, 6: 1, 5: 2}
 
 
 def test_replacement_3_lets_equals_take_turns() -> None:
