@@ -1,12 +1,14 @@
 """The page of benchmarks/search.py: the table, paired differences, and the curves."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import ttest_rel
+
+from benchmarks.paired import difference, spread
 
 __all__ = ["write_page"]
 
@@ -63,24 +65,26 @@ def write_page(cell: str, rows: Sequence[Row], folder: Path, command: str) -> st
 def _line(name: str, by_method: Mapping[str, Mapping[int, Row]]) -> str:
     mine = by_method[name]
     change = [100 * (row["validation"] - row["baseline_validation"]) for row in mine.values()]
+    validation = {seed: 100 * row["validation"] for seed, row in mine.items()}
     images = statistics.fmean(row["images"] for row in mine.values())
     seconds = statistics.fmean(row["seconds"] for row in mine.values())
     return (
-        f"| {name} | {len(mine)} | {_spread(mine, 'test')} | {_spread(mine, 'validation')} | "
+        f"| {name} | {len(mine)} | {spread(_test(mine))} | {spread(validation)} | "
         f"{statistics.fmean(change):+.2f} | {_paired(name, by_method)} | {images:,.0f} | {seconds:,.0f} |"
     )
 
 
 def _paired(name: str, by_method: Mapping[str, Mapping[int, Row]]) -> str:
-    ours, theirs = by_method.get(OURS, {}), by_method[name]
-    common = sorted(set(ours) & set(theirs))
-    if name == OURS or not common:
+    apart = None if name == OURS else difference(_test(by_method.get(OURS, {})), _test(by_method[name]))
+    if apart is None:
         return "- | -"
-    pairs = [(100 * ours[seed]["test"], 100 * theirs[seed]["test"]) for seed in common]
-    difference = statistics.fmean(one - other for one, other in pairs)
-    wins = sum(one > other for one, other in pairs)
-    p = float(ttest_rel(*zip(*pairs, strict=True)).pvalue) if len(pairs) > 1 else float("nan")
-    return f"{difference:+.2f} ({wins} of {len(pairs)} seeds) | {'-' if np.isnan(p) else f'{p:.3f}'}"
+    p = "-" if math.isnan(apart.p) else f"{apart.p:.3f}"
+    return f"{apart.mean:+.2f} ({apart.wins} of {apart.n} seeds) | {p}"
+
+
+def _test(rows: Mapping[int, Row]) -> dict[int, float]:
+    """Per cent by seed."""
+    return {seed: 100 * row["test"] for seed, row in rows.items()}
 
 
 def _by_seed(order: Sequence[str], by_method: Mapping[str, Mapping[int, Row]]) -> list[str]:
@@ -97,12 +101,6 @@ def _by_seed(order: Sequence[str], by_method: Mapping[str, Mapping[int, Row]]) -
 
 def _mean(rows: Mapping[int, Row], key: str) -> float:
     return statistics.fmean(row[key] for row in rows.values())
-
-
-def _spread(rows: Mapping[int, Row], key: str) -> str:
-    values = [100 * row[key] for row in rows.values()]
-    deviation = f" ({statistics.stdev(values):.2f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.2f}{deviation}"
 
 
 def _draw(by_method: Mapping[str, Mapping[int, Row]], path: Path) -> None:
