@@ -75,9 +75,9 @@ _PUBLISHED = {
 def published_beside(config: Mapping[str, Any]) -> tuple[Published, ...]:
     """Return the points comparable with the campaign of this configuration (the tree in campaign.toml); often none."""
     network, data = config.get("network", {}), config.get("data", {})
-    same_network = not network.get("factory") and network.get("width", 1.0) == 1.0
-    same_images = (
-        data.get("source") == "cifar10" and not data.get("train_limit") and data.get("image_size", 0) in (0, 32)
-    )
+    brought = network.get("factory") or config.get("transfer", {}).get("classes")  # with what others did not have
+    same_network = not brought and network.get("width", 1.0) == 1.0
+    fewer = any(data.get(key) for key in ("train_limit", "classes", "train_per_class"))
+    same_images = data.get("source") == "cifar10" and not fewer and data.get("image_size", 0) in (0, 32)
     measure = config.get("episode", {}).get("measure", "parameters")
     return _PUBLISHED.get((str(network.get("name")), measure), ()) if same_network and same_images else ()

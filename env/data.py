@@ -6,6 +6,7 @@ source's protocol: 5 % of the training images are kept out for validation, which
 images are looked at once.
 """
 
+import difflib
 import math
 import os
 import sys
@@ -34,6 +35,7 @@ __all__ = [
 
 _Progress = Callable[[int, int], None]
 _LARGEST = 4096  # pixels: far above what a network here is made for, and its images still fit in memory
+_LISTED = 12  # class names in a message: of a thousand the first ones say what kind they are
 
 
 def check_fields(section: str, config: Any, rules: Mapping[str, tuple[Callable[..., bool], str]]) -> None:
@@ -75,9 +77,24 @@ class DataConfig:
     flip: bool = False  # augmentation: half of the images mirrored left to right
     shift_pixels: int = 0  # augmentation: moved by up to so many pixels each way, zeros moving in
     train_limit: int = 0  # training images; 0 = all, else at most so many, drawn class-balanced
+    # Names of the only classes that there are, separated by commas, in the order in which they are numbered; "" = all.
+    # Every split then holds these alone.
+    classes: str = ""
+    # Training images of each class; 0 = all, else exactly so many. Validation and test keep all of theirs, because what
+    # is measured on a handful of images says little.
+    train_per_class: int = 0
 
     def __post_init__(self) -> None:
         check_fields("data", self, _RULES)
+        if self.classes:
+            _check_names(self.chosen)
+        if self.train_limit and self.train_per_class:
+            raise UserError(
+                "data.train_per_class",
+                expected="0 beside data.train_limit, because both say how many training images there are",
+                got=repr(self.train_per_class),
+                remedy="leave out one of them",
+            )
         if self.source == "folder" and not self.path:
             raise UserError(
                 "data.path",
@@ -85,6 +102,28 @@ class DataConfig:
                 got="nothing",
                 remedy="set data.path",
             )
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """The names in `classes`; none where all classes are meant."""
+        return tuple(name.strip() for name in self.classes.split(",")) if self.classes else ()
+
+
+def _check_names(names: Sequence[str]) -> None:
+    """UserError unless these are at least two names of classes, none of them twice."""
+    doubled = next((name for name in names if names.count(name) > 1), None)
+    if doubled is not None:
+        got = f"{doubled!r} twice" if doubled else "a name that is empty"
+    elif len(names) < 2 or "" in names:
+        got = f"only {names[0]!r}" if len(names) < 2 else "a name that is empty"
+    else:
+        return
+    raise UserError(
+        "data.classes",
+        expected="two or more different names, separated by commas",
+        got=got,
+        remedy="give e.g. cat,dog or leave it empty for all classes",
+    )
 
 
 def _is_path(text: str) -> bool:
@@ -106,6 +145,8 @@ _RULES: Mapping[str, tuple[Callable[..., bool], str]] = {
     "split_seed": (lambda seed: 0 <= seed < 2**63, "a whole number of at least 0, below 2**63"),
     "shift_pixels": _PIXELS,
     "train_limit": _NOT_NEGATIVE,
+    "classes": (str.isprintable, "names on one line"),
+    "train_per_class": _NOT_NEGATIVE,
 }
 
 
@@ -159,6 +200,10 @@ def load_dataset(config: DataConfig, *, progress: _Progress | None = None) -> Da
     once, and later calls read what was kept. UserError for anything wrong with the files.
     """
     classes, pool, test = _read(config, progress or (lambda done, total: None))
+    if config.chosen:
+        pool = _of_classes(config.chosen, classes, pool)
+        test = None if test is None else _of_classes(config.chosen, classes, test)
+        classes = config.chosen
     _check_pixels(config, pool)
     named = _named(config, classes)
     # Indices are drawn first and images copied once: they may be hundreds of megabytes.
@@ -171,6 +216,10 @@ def load_dataset(config: DataConfig, *, progress: _Progress | None = None) -> Da
     if config.train_limit:
         _check_limit(config.train_limit, len(classes))
         rest = rest[take_turns(pool.labels[rest], generator)[: config.train_limit]]
+    if config.train_per_class:
+        _check_per_class(config.train_per_class, pool.labels[rest], named)
+        # each class has its turn as long as none of them is used up
+        rest = rest[take_turns(pool.labels[rest], generator)[: config.train_per_class * len(classes)]]
     train = pool.take(shuffled(rest, generator))
     mean, std = _moments(train.images)
     return Dataset(
@@ -207,6 +256,28 @@ def _read(config: DataConfig, progress: _Progress) -> tuple[tuple[str, ...], Spl
         return classes, _resized(pool, config.image_size), _resized(test, config.image_size)
     root = Path(os.path.expanduser(config.path))
     return read_folder(root, image_size=config.image_size, cache=cache, progress=progress)
+
+
+def _of_classes(chosen: Sequence[str], classes: Sequence[str], split: Split) -> Split:
+    """The images of the `chosen` classes, labelled in their order; UserError for one that is not in `classes`.
+
+    Taken after everything was read, so that what is kept of a folder's images is the same for any choice.
+    """
+    unknown = next((name for name in chosen if name not in classes), None)
+    if unknown is not None:
+        near = difflib.get_close_matches(unknown, classes, n=1)
+        more = ", ..." if len(classes) > _LISTED else ""
+        raise UserError(
+            "data.classes",
+            expected=f"names of these images' classes ({', '.join(classes[:_LISTED])}{more})",
+            got=repr(unknown),
+            remedy=f"did you mean {near[0]}?" if near else "correct it",
+        )
+    number = torch.full((len(classes),), -1)
+    number[[classes.index(name) for name in chosen]] = torch.arange(len(chosen))
+    labels = number[split.labels]
+    kept = (labels >= 0).nonzero().flatten()
+    return Split(split.images[kept], labels[kept])
 
 
 def _named(config: DataConfig, classes: Sequence[str]) -> Sequence[str]:
@@ -254,6 +325,19 @@ def _check_limit(limit: int, classes: int) -> None:
             expected=f"at least one image for each of the {classes} classes",
             got=str(limit),
             remedy="raise it, or set it to 0 for all",
+        )
+
+
+def _check_per_class(count: int, labels: Tensor, classes: Sequence[str]) -> None:
+    """UserError, naming the class with the fewest, where a class has fewer than `count` in `labels` (int64 [N])."""
+    there = labels.bincount(minlength=len(classes))
+    fewest = int(there.argmin())
+    if int(there[fewest]) < count:
+        raise UserError(
+            "data.train_per_class",
+            expected=f"at most {int(there[fewest])}, the training images of class {classes[fewest]}",
+            got=str(count),
+            remedy="lower it, or add images of this class",
         )
 
 

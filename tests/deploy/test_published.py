@@ -10,6 +10,7 @@ COMPARABLE: dict[str, Any] = {
     "network": {"name": "vgg16", "width": 1.0, "factory": ""},
     "data": {"source": "cifar10", "train_limit": 0, "image_size": 0},
     "episode": {"measure": "parameters"},
+    "transfer": {"classes": 0},
 }
 
 
@@ -32,6 +33,9 @@ def test_the_sources_points_stand_beside_the_same_network_and_images() -> None:
         ("data", "source", "folder"),
         ("data", "train_limit", 1000),
         ("data", "image_size", 16),
+        ("data", "classes", "cat,dog"),
+        ("data", "train_per_class", 10),
+        ("transfer", "classes", 100),
         ("episode", "measure", "macs"),
     ],
 )
