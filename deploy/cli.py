@@ -1,4 +1,4 @@
-"""The command line: `zeroout run | prune | resume | status | replay-info | report | compare | export | doctor`.
+"""The command line: run | prune | transfer | resume | status | replay-info | report | compare | export | doctor.
 
 Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupted (state saved).
 """
@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
@@ -34,6 +35,7 @@ _PLAIN_WIDTH = 120  # characters, where the output is not a terminal
 _CAMPAIGNS = Path(__file__).parent / "campaigns"
 _DEFAULT_CONFIG, _IMAGES_CONFIG = _CAMPAIGNS / "digits.toml", _CAMPAIGNS / "images.toml"
 _FIRST_GUESSES = (0.5, 0.75, 0.9, 0.95)  # of `prune --max-drop`
+_TRANSFER_RATE = 0.02  # a fifth of that from scratch: what was learned elsewhere is to be kept
 
 ConfigArgument = Annotated[
     Path | None, typer.Argument(metavar="[CONFIG.toml]", help="The campaign; left out, a demonstration on digits.")
@@ -89,6 +91,26 @@ ControlsOption = Annotated[
     ),
 ]
 
+MethodOption = Annotated[
+    str,
+    typer.Option(help="Who ranks the filters: balanced, taylor, gamma, hrank, fpgm, l2, uniform-l1 or random."),
+]
+AllocationOption = Annotated[
+    str,
+    typer.Option(
+        help="How a method's scores divide what goes between the layers: global (the lowest anywhere), uniform "
+        "(equal shares) or balanced (least harm by narrowness); left out, what is usual with the method."
+    ),
+]
+CompressionOption = Annotated[
+    list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
+]
+MeasureOption = Annotated[str, typer.Option(help="What it is a share of: parameters, macs or bytes.")]
+MaxDropOption = Annotated[
+    float | None, typer.Option(help="Instead of a share: points of validation accuracy that may be lost, e.g. 1.0.")
+]
+StepsOption = Annotated[int, typer.Option(help="Prune so many times, retraining a little after each.")]
+
 
 @app.command()
 def run(
@@ -118,7 +140,7 @@ def run(
     if ray_address:
         extra.append(f"cluster.ray_address={json.dumps(ray_address)}")
     asked = load(config or _default_config(data), [*extra, *(overrides or [])])
-    _campaign(out, lambda _: asked, redis)
+    _campaign(out, lambda _path, _progress: asked, redis)
 
 
 @app.command()
@@ -128,17 +150,8 @@ def prune(
     model: ModelOption = "",
     weights: WeightsOption = None,
     data: DataOption = "",
-    method: Annotated[
-        str,
-        typer.Option(help="Who ranks the filters: balanced, taylor, gamma, hrank, fpgm, l2, uniform-l1 or random."),
-    ] = "taylor",
-    allocation: Annotated[
-        str,
-        typer.Option(
-            help="How a method's scores divide what goes between the layers: global (the lowest anywhere), uniform "
-            "(equal shares) or balanced (least harm by narrowness); left out, what is usual with the method."
-        ),
-    ] = "",
+    method: MethodOption = "taylor",
+    allocation: AllocationOption = "",
     replace: Annotated[
         str,
         typer.Option(
@@ -148,14 +161,10 @@ def prune(
         ),
     ] = "",
     share: Annotated[float, typer.Option(help="Of each layer's filters, for --replace.")] = 0.1,
-    compression: Annotated[
-        list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
-    ] = None,
-    measure: Annotated[str, typer.Option(help="What it is a share of: parameters, macs or bytes.")] = "parameters",
-    max_drop: Annotated[
-        float | None, typer.Option(help="Instead of a share: points of validation accuracy that may be lost, e.g. 1.0.")
-    ] = None,
-    steps: Annotated[int, typer.Option(help="Prune so many times, retraining a little after each.")] = 10,
+    compression: CompressionOption = None,
+    measure: MeasureOption = "parameters",
+    max_drop: MaxDropOption = None,
+    steps: StepsOption = 10,
     overrides: SetOption = None,
 ) -> None:
     """Prune by one rule, without learning: in this process, in minutes, with the same folder and files as `run`.
@@ -166,26 +175,123 @@ def prune(
     """
     from deploy.config import load
 
+    extra = [
+        *_what(model, weights, data),
+        f"replacement.how={json.dumps(replace)}",
+        f"replacement.share={share}",
+        *_by_rule(method, allocation, compression, measure, max_drop, steps),
+    ]
+    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    _campaign(out, lambda _path, _progress: asked, "")
+
+
+@app.command()
+def transfer(
+    out: OutOption,
+    config: ConfigArgument = None,
+    model: ModelOption = "",
+    weights: Annotated[
+        Path | None,
+        typer.Option("--weights", help="Its state dict as trained for other classes (.safetensors, or by torch.save)."),
+    ] = None,
+    from_classes: Annotated[int | None, typer.Option(help="How many classes these weights were trained for.")] = None,
+    data: DataOption = "",
+    classes: Annotated[
+        str, typer.Option(help="The new classes: names in --data, separated by commas; left out, all of them.")
+    ] = "",
+    images_per_class: Annotated[
+        int | None,
+        typer.Option(help="Train on exactly so many images of each class; validation and test keep all of theirs."),
+    ] = None,
+    treat: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of the weakest filters of each layer before the training: none, 1 (copies of the "
+            "strongest, once each), 2 (copies of the single strongest), 3 (copies in proportion to importance), prune "
+            "(gone for good), reinit (fresh weights) or noise.  [default: none]"
+        ),
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Of each layer's filters, for --treat.  [default: 0.1]")] = None,
+    method: MethodOption = "taylor",
+    allocation: AllocationOption = "",
+    compression: CompressionOption = None,
+    measure: MeasureOption = "parameters",
+    max_drop: MaxDropOption = None,
+    steps: StepsOption = 10,
+    overrides: SetOption = None,
+) -> None:
+    """Move a trained network to other classes, with few images of each, then prune it by one rule as `prune` does.
+
+    The weights come along, all but the last layer, which is made anew for the new classes. The weakest filters, by what
+    they do on the new images, are treated as --treat says; the network is trained on ([baseline] in CONFIG), and that
+    is the baseline which is pruned and recovered. Folder and files are the same as of `run` and `prune`.
+
+    Example: `zeroout transfer --model resnet18 --weights imagenette.pt --from-classes 10 --data FOLDER --classes
+    cat,dog,fox --images-per-class 20 --treat 1 --compression 0.9 --out runs/animals`.
+
+    Without a CONFIG the trainings are fitted to few images: the batch size is at most the largest power of two that
+    leaves four minibatches in an epoch (8 for 50 images), epochs are added until there are 300 updates (150 in the
+    recovery), and the learning rate is 0.02. With a CONFIG, or --set, they are what you say.
+    """
+    from deploy.config import load
+
+    extra = _what(model, weights, data)
+    for key, value in {
+        "transfer.classes": from_classes,
+        "transfer.how": treat,
+        "transfer.share": share,
+        "data.classes": classes or None,
+        "data.train_per_class": images_per_class,
+    }.items():
+        if value is not None:
+            extra.append(f"{key}={json.dumps(value)}")
+    extra += _by_rule(method, allocation, compression, measure, max_drop, steps)
+    if config is None:
+        extra += [f"{section}.learning_rate={_TRANSFER_RATE}" for section in ("baseline", "recovery")]
+    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    _require_source(asked)
+
+    def fitted(_path: Path, progress: Any) -> Any:
+        from deploy.transfer import for_few_images
+        from env.data import load_dataset
+
+        if config is not None:
+            return asked
+        images = len(load_dataset(asked.data, progress=partial(progress.share, "images")).train)
+        return load(_default_config(data), [*extra, *for_few_images(asked, images), *(overrides or [])])
+
+    _campaign(out, fitted, "")
+
+
+def _require_source(config: Any) -> None:
+    """UserError where a transfer does not say what comes from where."""
+    for option, given, expected in (
+        ("--weights", config.network.weights, "the state dict of the network that moves to the new classes"),
+        ("--from-classes", config.transfer.classes, "how many classes the network was trained for"),
+    ):
+        if not given:
+            raise UserError(option, expected=expected, got="nothing", remedy="zeroout transfer --help has an example")
+
+
+def _by_rule(
+    method: str, allocation: str, compression: list[float] | None, measure: str, max_drop: float | None, steps: int
+) -> list[str]:
+    """Overrides for one episode of one rule, from the options of the same names."""
     targets = sorted(compression or ((0.9,) if max_drop is None else _FIRST_GUESSES))
     for target in targets:
         if not 0.0 < target < 1.0:
             raise UserError("--compression", expected="a share inside (0, 1)", got=str(target), remedy="give e.g. 0.9")
     if steps < 1:
         raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
-    extra = [
-        *_what(model, weights, data),
+    return [
         f"search.method={json.dumps(method)}",
         f"search.allocation={json.dumps(allocation)}",
-        f"replacement.how={json.dumps(replace)}",
-        f"replacement.share={share}",
         "search.episodes=1",
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",
         f"episode.waypoints={max(steps, len(targets))}",
         f"max_drop={-1.0 if max_drop is None else max_drop}",
     ]
-    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
-    _campaign(out, lambda _: asked, "")
 
 
 def _what(model: str, weights: Path | None, data: str) -> list[str]:
@@ -223,7 +329,7 @@ def resume(
     """Go on with a campaign after anything at all has died; of a finished one only exports and report are made anew."""
     from deploy.config import load
 
-    def resumed(path: Path) -> Any:
+    def resumed(path: Path, _progress: Any) -> Any:
         return load(CampaignFolder.open(path).campaign_toml)
 
     _campaign(folder, resumed, redis, refill_replay=refill_replay)
@@ -417,7 +523,7 @@ def _storage() -> Any:
     return storage
 
 
-def _campaign(out: str, config: Callable[[Path], Any], redis_url: str, *, refill_replay: bool = False) -> None:
+def _campaign(out: str, config: Callable[[Path, Any], Any], redis_url: str, *, refill_replay: bool = False) -> None:
     """Run or resume the campaign of --out; `config` is asked for it when its folder is there."""
     from deploy.campaign import run_campaign
     from deploy.progress import make_progress
@@ -428,7 +534,7 @@ def _campaign(out: str, config: Callable[[Path], Any], redis_url: str, *, refill
         place = _storage().kept(out) if "://" in out else contextlib.nullcontext(Path(out))
         with _interruptible(), place as path:
             result = run_campaign(
-                path, config(path), redis_url=redis_url, progress=progress, refill_replay=refill_replay
+                path, config(path, progress), redis_url=redis_url, progress=progress, refill_replay=refill_replay
             )
     except KeyboardInterrupt:
         progress.close()
@@ -461,7 +567,7 @@ def _interruptible() -> Iterator[None]:
 
 def _print_result(console: Console, folder: CampaignFolder, result: dict[str, Any]) -> None:
     base = result["baseline"]
-    from deploy.frontier import measure_name
+    from deploy.frontier import measure_name, transfer_sentence
 
     removed = f"{measure_name(result)} removed"
     table = Table("network", removed, "parameters", "MACs", "validation", "test", "test, change")
@@ -483,6 +589,8 @@ def _print_result(console: Console, folder: CampaignFolder, result: dict[str, An
             f"{100 * (point['test_accuracy'] - base['test_accuracy']):+.2f} points",
         )
     console.print(table)
+    if "transfer" in result:
+        console.print(transfer_sentence(result), highlight=False, soft_wrap=True)
     if "limit" in result:
         _print_limit(console, result)
     else:

@@ -22,6 +22,7 @@ from env.errors import UserError
 from env.networks import NetworkConfig
 from env.replacement import ReplacementConfig
 from env.training import TrainConfig
+from env.transfer import TransferConfig
 from learner.learner import LearnerConfig
 from learner.replay.replay import ReplayConfig
 from learner.sequence import SequenceConfig
@@ -65,7 +66,11 @@ class CampaignConfig:
     max_drop: float = -1.0
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    baseline: TrainConfig = field(default_factory=TrainConfig)  # training from scratch, where no weights are given
+    transfer: TransferConfig = field(
+        default_factory=TransferConfig
+    )  # of network.weights to other classes, at the start
+    # training from scratch, where no weights are given, or on the new classes, where there is a transfer
+    baseline: TrainConfig = field(default_factory=TrainConfig)
     replacement: ReplacementConfig = field(default_factory=ReplacementConfig)  # of filters, before anything is pruned
     replacement_training: TrainConfig = field(default_factory=TrainConfig)  # after it, where there is any
     episode: EpisodeConfig = field(default_factory=EpisodeConfig)
@@ -85,6 +90,13 @@ class CampaignConfig:
                 expected="points in [0, 100), or -1 for none",
                 got=repr(self.max_drop),
                 remedy="1.0 allows one point",
+            )
+        if self.transfer.how == "prune" and self.replacement.how == "reinit":
+            raise UserError(
+                "replacement.how",
+                expected="another after transfer.how = prune: fresh weights of a whole network do not fit there",
+                got="'reinit'",
+                remedy="set transfer.how = reinit instead, or choose another replacement",
             )
 
     @property

@@ -23,6 +23,7 @@ __all__ = [
     "learning_curve",
     "measure_name",
     "targets_of",
+    "transfer_sentence",
 ]
 
 Record = dict[str, Any]
@@ -41,6 +42,25 @@ def measure_name(result: Record | None) -> str:
     """Return what compression was counted in, in words: "parameters", "MACs" or "bytes"."""
     name = str((result or {}).get("measure", "parameters"))
     return {"macs": "MACs"}.get(name, name)
+
+
+def transfer_sentence(result: Record) -> str:
+    """Return how the baseline of a finished campaign came to its classes; "" where it was not moved to them."""
+    transfer = result.get("transfer")
+    if not transfer:
+        return ""
+    done = {
+        "prune": "removed, which counts as compression",
+        "reinit": "initialised anew",
+        "noise": "given noise",
+        **{how: f"replaced by copies of the strongest (replacement {how})" for how in "123"},
+    }.get(transfer["how"])
+    weakest = f"the weakest {transfer['share']:.0%} of each layer's filters by {transfer['importance']}"
+    treated = "its filters were left as they are" if done is None else f"{weakest} were {done}"
+    return (
+        f"The baseline has the weights of a network for {transfer['classes']} classes and a new last layer; {treated}; "
+        f"then its {transfer['parameters']:,} parameters were trained on these images."
+    )
 
 
 def groups_of(records: Iterable[Record]) -> list[str]:

@@ -179,10 +179,13 @@ def _baseline(folder: CampaignFolder, shape: tuple[int, int, int]) -> Source:
 def _as_given(trained: Source) -> Source:
     """The baseline without the skip convolutions that were added to it: what the user had is what it costs.
 
-    The same object where none were added.
+    The same object where none were added. Where a transfer has removed filters of it, the whole network with fresh
+    weights, which costs the same.
     """
     form = replace(trained.form, network=replace(trained.form.network, skips="coupled"))
     given, tensors = form.build(), {**dict(trained.network.named_parameters()), **dict(trained.network.named_buffers())}
+    if any(tensors[name].shape != tensor.shape for name, tensor in given.named_parameters()):
+        return Source(given.eval(), form, trained.image_shape)
     added = len(tensors) > len([*given.parameters(), *given.buffers()])
     return Source(adopt(given, tensors), form, trained.image_shape) if added else trained
 

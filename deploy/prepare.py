@@ -1,4 +1,8 @@
-"""The first stage: data and the baseline network. Its product is the folder `baseline/`."""
+"""The first stage: data and the baseline network. Its product is the folder `baseline/`.
+
+The baseline is trained from scratch, or made of given weights: as they are, or moved to other classes and trained on
+(deploy/transfer.py).
+"""
 
 import logging
 from collections.abc import Callable
@@ -13,6 +17,7 @@ from deploy.config import CampaignConfig
 from deploy.controller_file import check_controller
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.progress import Progress
+from deploy.transfer import on_paper, transfer_facts, transferred
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.compression import unreachable
@@ -86,7 +91,7 @@ def preflight(
         trainings.append(config.replacement_training)
     for size in (config.episode.batch_size, *(training.batch_size for training in trainings)):
         require_batch(dataset, size)
-    pruned = build_network(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
+    pruned = _on_paper(config, dataset)
     example = torch.zeros(1, *dataset.image_shape)
     plan = ChannelPlan(pruned, example)
     count_logits(pruned.train(), example.expand(2, -1, -1, -1), batch=2)  # which may answer otherwise than in eval mode
@@ -108,7 +113,26 @@ def preflight(
         raise problem
     if config.replacement.how:
         require_filters(plan, config.replacement.share)
+    _check_start(config, float(measure.compression(plan, plan.widths)))
     return dataset
+
+
+def _on_paper(config: CampaignConfig, dataset: Dataset) -> nn.Module:
+    """A network of the shape that episodes start from; UserError for what is wrong with it or its weights."""
+    network = replace(config.network, weights="") if config.transfer.classes else config.network
+    whole = build_network(network, channels=dataset.image_shape[0], classes=len(dataset.classes))
+    return on_paper(config, dataset) if config.transfer.classes else whole
+
+
+def _check_start(config: CampaignConfig, removed: float) -> None:
+    """UserError where the lowest target is reached before an episode begins, because the transfer removes as much."""
+    if config.episode.targets[0] <= removed:
+        raise UserError(
+            "episode.targets",
+            expected=f"above {removed:.4f}, which transfer.how = prune removes before anything else",
+            got=repr(config.episode.targets[0]),
+            remedy="raise the target, or lower transfer.share",
+        )
 
 
 def _check_macs(plan: ChannelPlan, warn: Callable[[str], object]) -> None:
@@ -125,7 +149,7 @@ def _check_macs(plan: ChannelPlan, warn: Callable[[str], object]) -> None:
 
 
 def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, progress: Progress) -> Baseline:
-    """Train or load the baseline; what is already in the folder is taken from there."""
+    """Train, load or transfer the baseline; what is already in the folder is taken from there."""
     channels, height, width = dataset.image_shape
     form = NetworkForm(
         network=config.network, channels=channels, classes=len(dataset.classes), image_size=height, image_width=width
@@ -163,14 +187,18 @@ def _make(
     facts: Path,
     progress: Progress,
 ) -> None:
-    """Train (or load) the network as given, add its skip convolutions if asked, and save both files."""
-    plain = replace(form.network, skips="coupled")
-    network = build_network(
-        plain, channels=form.channels, classes=form.classes, seed=derive_seed(config.seed, "initial weights")
-    )
+    """Train, load or transfer the network, add its skip convolutions if asked, and save both files."""
+    there, given = dataset.to(default_device()), _given(config, dataset)
+    if config.transfer.classes:
+        measure = Measure(config.episode.measure, given[config.episode.measure])
+        network = transferred(folder, config, form, there, measure, progress)
+    else:
+        plain = replace(form.network, skips="coupled")
+        network = build_network(
+            plain, channels=form.channels, classes=form.classes, seed=derive_seed(config.seed, "initial weights")
+        )
     network.to(default_device())
-    there = dataset.to(default_device())
-    if not config.network.weights:
+    if config.transfer.classes or not config.network.weights:
         parameters = sum(parameter.numel() for parameter in network.parameters())
         progress.stage("prepare", f"training the baseline ({parameters:,} parameters, {len(dataset.train):,} images)")
         _train(network, there, config, config.baseline, "baseline", folder, progress)
@@ -183,8 +211,9 @@ def _make(
         )
         _train(network, there, config, short, "skip convolutions", folder, progress)
     validation = evaluate(network, there.validation, dataset.mean, dataset.std, precision=config.baseline.precision)
+    moved = {"transfer": transfer_facts(config, network, dataset)} if config.transfer.classes else {}
     write_atomic(model, network_to_bytes(network, form))
-    write_json(facts, {**_given(config, dataset), "validation": asdict(validation)})
+    write_json(facts, {**given, "validation": asdict(validation), **moved})
 
 
 def _train(

@@ -134,6 +134,7 @@ class Recovery:
                 "test_accuracy": self._judge(self.baseline.network.to(default_device()), self.dataset.test).accuracy,
                 **self.baseline.given,
             },
+            **self._transfer(),
             **self._replacement(),
             "measure": self.baseline.measure.name,
             **self._chosen(compared),
@@ -153,6 +154,15 @@ class Recovery:
             keep_mask = keep_mask_of(records, point, plan.units)
             if keep_mask is not None:
                 point["agreement"] = agreement(plan, keep_mask, scores)
+
+    def _transfer(self) -> dict[str, Any]:
+        """How the baseline came to be where it was moved to these classes, and its size; nothing where it was not."""
+        if not self.config.transfer.classes:
+            return {}
+        facts, measure = read_json(self.folder.baseline / "baseline.json")["transfer"], self.baseline.measure
+        keys = ("classes", "how", "share", "importance", "parameters", "macs")
+        removed = 1.0 - facts[measure.name] / measure.given
+        return {"transfer": {**{key: facts[key] for key in keys}, "compression": removed}}
 
     def _replacement(self) -> dict[str, Any]:
         """What filter replacement made of the baseline before anything was pruned; nothing where there was none."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from deploy.figures import change, count, fixed, percent, spread
 from deploy.folder import CampaignFolder, read_json, write_atomic
-from deploy.frontier import Comparison, compare, groups_of, groups_table, measure_name, targets_of
+from deploy.frontier import Comparison, compare, groups_of, groups_table, measure_name, targets_of, transfer_sentence
 from deploy.page import page, table, text
 from deploy.progress import duration
 from deploy.published import published_beside
@@ -143,6 +143,8 @@ def _result_section(result: Record | None) -> str:
         "Accuracies after recovery; changes in points from the baseline. Every choice was made on the "
         "validation images, the test images were opened once, at the end."
     )
+    if "transfer" in result:
+        note = f"{transfer_sentence(result)} {note}"
     if "limit" in result:
         note = f"At most {result['max_drop']:g} points were to be lost on validation: {result['limit']}. {note}"
     return f"<h2>Result</h2>{table('Result', header, rows)}<p class=dim>{text(note)}</p>"

@@ -4,11 +4,13 @@ The source's first method. Important filters are fragile; copied and retrained, 
 holds what it knows more than once. What a filter *is* is copied (its kernel, bias and batch-norm entries); what is done
 with it (the weights of the next layer that read it) stays, and so the copies are not alike to training.
 
-Nothing may be ranked again before that training: copies tie exactly. Called by deploy/replace.py and deploy/prepare.py.
+Nothing may be ranked again before that training: copies tie exactly. Called by deploy/replace.py, and by
+deploy/transfer.py, for a network that moves to other classes.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +25,17 @@ from env.seeds import derive_seed
 
 __all__ = [
     "COPIES",
+    "RULES",
     "TREATMENTS",
     "ReplacementConfig",
+    "Treatment",
+    "check_copies",
     "replace_filters",
     "require_filters",
     "sources",
     "treat",
     "weakest",
+    "without_weakest",
 ]
 
 #: "1": the k highest, once each, over the k lowest. "2": the single highest over all of them. "3": as often as needed,
@@ -39,6 +45,26 @@ COPIES = ("1", "2", "3")
 TREATMENTS = (*COPIES, "none", "reinit", "noise")
 _HALF = 0.5
 _BATCH = 128  # images that importance is computed on at once
+
+
+class Treatment(Protocol):
+    """What becomes of a share of each layer's filters, and by which importance they are found."""
+
+    @property
+    def how(self) -> str:
+        """One of `TREATMENTS`; "prune" for `without_weakest`."""
+
+    @property
+    def share(self) -> float:
+        """Of each layer's filters."""
+
+    @property
+    def importance(self) -> str:
+        """One of `env.importance.IMPORTANCES`."""
+
+    @property
+    def images(self) -> int:
+        """Training images behind it, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,39 +77,56 @@ class ReplacementConfig:
     images: int = 640  # training images behind it, augmented (HRank's number)
 
     def __post_init__(self) -> None:
-        check_fields("replacement", self, _RULES)
-        if self.how == "1" and self.share > _HALF:
-            raise UserError(
-                "replacement.share",
-                expected="at most 0.5 for replacement 1, where each of the strongest is copied once",
-                got=repr(self.share),
-                remedy="lower it, or set replacement.how = 3",
-            )
+        check_fields("replacement", self, {**RULES, "how": _HOW})
+        check_copies("replacement", self)
 
 
-_RULES = {
-    "how": (lambda how: how in ("", *TREATMENTS), f"one of {', '.join(TREATMENTS)}, or nothing"),
+_HOW = (lambda how: how in ("", *TREATMENTS), f"one of {', '.join(TREATMENTS)}, or nothing")
+#: Of the fields of any `Treatment` but `how`, for `env.data.check_fields`.
+RULES: Mapping[str, tuple[Callable[..., bool], str]] = {
     "share": (lambda share: 0 < share < 1, "a share above 0 and below 1"),
     "importance": (lambda name: name in IMPORTANCES, f"one of {', '.join(IMPORTANCES)}"),
     "images": (lambda n: n >= 1, "a whole number of at least 1"),
 }
 
 
-def treat(recognizer: Recognizer, config: ReplacementConfig, *, fresh: nn.Module, seed: int) -> None:
+def check_copies(section: str, config: Treatment) -> None:
+    """UserError, which calls the configuration `section`, where there are not enough filters to be copied once each."""
+    if config.how == "1" and config.share > _HALF:
+        raise UserError(
+            f"{section}.share",
+            expected="at most 0.5 for replacement 1, where each of the strongest is copied once",
+            got=repr(config.share),
+            remedy=f"lower it, or set {section}.how = 3",
+        )
+
+
+def require_filters(plan: ChannelPlan, share: float, section: str = "replacement") -> None:
+    """UserError, which calls the configuration `section`, where `share` of the widest layer is no filter at all."""
+    widest = int(plan.widths.max())
+    if int(share * widest) < 1:
+        raise UserError(
+            f"{section}.share",
+            expected=f"at least {1 / widest:.3f}, one filter of the widest layer",
+            got=repr(share),
+            remedy="raise it",
+        )
+
+
+def treat(
+    recognizer: Recognizer, config: Treatment, *, fresh: nn.Module, seed: int, section: str = "replacement"
+) -> None:
     """Find the weakest filters of the recognizer's network by `config.importance`, and treat them, in place.
 
     `fresh` is the same network newly initialised; `seed` draws the images behind importance, and noise. UserError as
     `require_filters`.
     """
     plan = recognizer.plan
-    require_filters(plan, config.share)
-    scores = recognizer.importance(
-        config.importance, recognizer.full(), images=config.images, batch_size=_BATCH, seed=seed
-    )
+    require_filters(plan, config.share, section)
     replace_filters(
         recognizer.network,
         plan,
-        scores,
+        _scores(recognizer, config, seed),
         how=config.how,
         share=config.share,
         fresh=fresh.state_dict(),
@@ -91,16 +134,20 @@ def treat(recognizer: Recognizer, config: ReplacementConfig, *, fresh: nn.Module
     )
 
 
-def require_filters(plan: ChannelPlan, share: float) -> None:
-    """UserError where `share` of the widest layer is no filter at all."""
-    widest = int(plan.widths.max())
-    if int(share * widest) < 1:
-        raise UserError(
-            "replacement.share",
-            expected=f"at least {1 / widest:.3f}, one filter of the widest layer",
-            got=repr(share),
-            remedy="raise it",
-        )
+def without_weakest(recognizer: Recognizer, config: Treatment, *, seed: int, section: str) -> nn.Module:
+    """A compact copy of the recognizer's network without the filters that `treat` would treat; UserError as there."""
+    plan = recognizer.plan
+    require_filters(plan, config.share, section)
+    kept = torch.ones(plan.units, dtype=torch.bool)
+    kept[torch.cat(weakest(plan, _scores(recognizer, config, seed), config.share))] = False
+    return plan.compact(recognizer.network, kept)
+
+
+def _scores(recognizer: Recognizer, config: Treatment, seed: int) -> Tensor:
+    """The importance of every filter: float32 [F]."""
+    return recognizer.importance(
+        config.importance, recognizer.full(), images=config.images, batch_size=_BATCH, seed=seed
+    )
 
 
 def weakest(plan: ChannelPlan, scores: Tensor, share: float) -> list[Tensor]:
