@@ -208,10 +208,12 @@ def transfer(
         typer.Option(
             help="What becomes of the weakest filters of each layer before the training: none, 1 (copies of the "
             "strongest, once each), 2 (copies of the single strongest), 3 (copies in proportion to importance), prune "
-            "(gone for good), reinit (fresh weights) or noise.  [default: none]"
+            "(gone for good), reinit (fresh weights) or noise; none where nothing says otherwise."
         ),
     ] = None,
-    share: Annotated[float | None, typer.Option(help="Of each layer's filters, for --treat.  [default: 0.1]")] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of each layer's filters, for --treat; 0.1 where nothing says otherwise.")
+    ] = None,
     method: MethodOption = "taylor",
     allocation: AllocationOption = "",
     compression: CompressionOption = None,
@@ -223,8 +225,8 @@ def transfer(
     """Move a trained network to other classes, with few images of each, then prune it by one rule as `prune` does.
 
     The weights come along, all but the last layer, which is made anew for the new classes. The weakest filters, by what
-    they do on the new images, are treated as --treat says; the network is trained on ([baseline] in CONFIG), and that
-    is the baseline which is pruned and recovered. Folder and files are the same as of `run` and `prune`.
+    they do on the new images, are treated as --treat says; the network is trained on (section baseline of CONFIG),
+    and that is the baseline which is pruned and recovered. Folder and files are the same as of `run` and `prune`.
 
     Example: `zeroout transfer --model resnet18 --weights imagenette.pt --from-classes 10 --data FOLDER --classes
     cat,dog,fox --images-per-class 20 --treat 1 --compression 0.9 --out runs/animals`.

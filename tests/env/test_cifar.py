@@ -162,6 +162,20 @@ def test_the_source_is_split_by_seed_and_keeps_its_test_images(file: Path, monke
     assert load_dataset(DataConfig(source="cifar10", path=str(file), image_size=8)).image_shape == (3, 8, 8)
 
 
+def test_chosen_classes_keep_their_test_images_and_any_number_of_training_images(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("env.data.CIFAR10", described(file))
+    config = DataConfig(
+        source="cifar10", path=str(file), validation_share=0.2, classes="horse,bird,cat", train_per_class=3
+    )
+    data = load_dataset(config)
+    assert data.classes == ("horse", "bird", "cat")
+    assert data.train.labels.bincount().tolist() == [3, 3, 3]
+    assert data.validation.labels.bincount().tolist() == [2, 1, 2]
+    assert data.test.labels.bincount().tolist() == [2, 1, 2]
+
+
 def test_the_path_is_the_archive_or_its_folder(file: Path, tmp_path: Path) -> None:
     for path in (file, file.parent):
         found = find_archive(str(path), described(file), cache=tmp_path / "cache", progress=silent)

@@ -81,6 +81,112 @@ def test_a_train_limit_above_what_there_is_takes_all() -> None:
     assert len(load_dataset(DataConfig(train_limit=10**30)).train) == len(DIGITS.train)
 
 
+def test_the_chosen_classes_alone_are_there_numbered_as_given() -> None:
+    chosen = load_dataset(DataConfig(classes="7, 2,9"))
+    assert chosen.classes == ("7", "2", "9")
+    whole = {name: getattr(DIGITS, name) for name in ("train", "validation", "test")}
+    of_class = {
+        image.numpy().tobytes(): int(label)
+        for split in whole.values()
+        for image, label in zip(split.images, split.labels, strict=True)
+    }
+    count = 0
+    for name in whole:
+        split = getattr(chosen, name)
+        assert sorted(split.labels.unique().tolist()) == [0, 1, 2]
+        for image, label in zip(split.images, split.labels, strict=True):
+            assert of_class[image.numpy().tobytes()] == (7, 2, 9)[int(label)]
+        count += len(split)
+    assert count == sum(list(of_class.values()).count(digit) for digit in (7, 2, 9))
+
+
+def test_all_classes_by_name_are_all_classes() -> None:
+    named = load_dataset(DataConfig(classes="0,1,2,3,4,5,6,7,8,9"))
+    for name in ("train", "validation", "test"):
+        assert torch.equal(getattr(named, name).images, getattr(DIGITS, name).images)
+        assert torch.equal(getattr(named, name).labels, getattr(DIGITS, name).labels)
+    assert (named.mean, named.std) == (DIGITS.mean, DIGITS.std)
+
+
+def test_few_images_a_class_are_exactly_so_many_by_seed_and_leave_validation_and_test_alone() -> None:
+    config = DataConfig(classes="3,8", split_seed=4)
+    every = load_dataset(config)
+    few, fewer, again, other = (
+        load_dataset(dataclasses.replace(config, train_per_class=count, split_seed=seed))
+        for count, seed in ((10, 4), (4, 4), (10, 4), (10, 5))
+    )
+    assert few.train.labels.bincount().tolist() == [10, 10]
+    assert fewer.train.labels.bincount().tolist() == [4, 4]
+    assert images_of(fewer.train) <= images_of(few.train) <= images_of(every.train)
+    assert torch.equal(few.train.images, again.train.images)
+    assert images_of(few.train) != images_of(other.train)
+    for name in ("validation", "test"):
+        assert images_of(getattr(few, name)) == images_of(getattr(every, name))
+    pixels = few.train.images.double() / 255
+    assert few.mean == pytest.approx((pixels.mean().item(),))
+    assert few.std == pytest.approx((pixels.std(correction=0).item(),))
+
+
+def test_a_class_with_fewer_images_than_asked_is_named_with_what_it_has() -> None:
+    there = load_dataset(DataConfig(classes="3,8")).train.labels.bincount().tolist()
+    fewest = min(range(2), key=lambda index: there[index])
+    assert len(load_dataset(DataConfig(classes="3,8", train_per_class=there[fewest])).train) == 2 * there[fewest]
+    line = f"expected at most {there[fewest]}, the training images of class {'38'[fewest]}, got {there[fewest] + 1}; "
+    with pytest.raises(UserError, match=rf"^data\.train_per_class: {line}lower it"):
+        load_dataset(DataConfig(classes="3,8", train_per_class=there[fewest] + 1))
+
+
+@pytest.mark.parametrize(
+    ("classes", "got"),
+    [("3", "only '3'"), ("3,3", "'3' twice"), ("3,5, 3", "'3' twice"), ("3,,5", "a name that is empty"),
+     (",,", "a name that is empty"), (" ", "only ''")],
+)  # fmt: skip
+def test_classes_are_two_or_more_different_names(classes: str, got: str) -> None:
+    with pytest.raises(UserError, match=f"^data.classes: expected two or more different names, .*, got {got}; "):
+        DataConfig(classes=classes)
+
+
+def test_an_unknown_class_is_named_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"^data\.classes: .* \(0, 1, .*, 9\), got 'ten'; correct it"):
+        load_dataset(DataConfig(classes="3,ten"))
+    for name in ("cat", "dog", "hen"):
+        save_pictures(tmp_path / "images" / name, 4)
+    with pytest.raises(UserError, match=r"\(cat, dog, hen\), got 'bog'; did you mean dog\?"):
+        load_dataset(folder_config(tmp_path, classes="cat,bog"))
+
+
+def test_training_images_are_limited_in_one_way(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.train_per_class: expected 0 beside data\.train_limit"):
+        DataConfig(train_limit=50, train_per_class=5)
+
+
+def save_pictures(folder: Path, count: int, shade: int = 0) -> None:
+    folder.mkdir(parents=True)
+    for index in range(count):
+        Image.new("RGB", (6, 6), (index, shade, 0)).save(folder / f"{index}.png")
+
+
+def folder_config(root: Path, **changes: Any) -> DataConfig:
+    return DataConfig(
+        source="folder", path=str(root / "images"), cache=str(root / "cache"), validation_share=0.2, **changes
+    )
+
+
+def test_what_is_kept_of_a_folder_is_never_taken_for_other_classes(tmp_path: Path) -> None:
+    for split, count in (("train", 10), ("test", 4)):
+        for shade, name in enumerate(("cat", "dog", "hen")):
+            save_pictures(tmp_path / "images" / split / name, count, shade)
+    for classes in ("", "hen,cat", "cat,dog", "hen,cat"):
+        data = load_dataset(folder_config(tmp_path, classes=classes, train_per_class=5))
+        assert data.classes == (tuple(classes.split(",")) if classes else ("cat", "dog", "hen"))
+        assert len(data.train) == 5 * len(data.classes)
+        assert len(data.test) == 4 * len(data.classes)
+        shades = [("cat", "dog", "hen").index(name) for name in data.classes]
+        for split in (data.train, data.validation, data.test):
+            assert [shades[label] for label in split.labels.tolist()] == split.images[:, 1, 0, 0].tolist()
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # decoded once for all of them
+
+
 def test_digits_are_resized_like_any_image() -> None:
     small = load_dataset(DataConfig(image_size=5))
     assert small.image_shape == (1, 5, 5)
@@ -147,6 +253,10 @@ def test_a_user_without_a_home_is_told_to_set_the_cache(monkeypatch: pytest.Monk
         ("shift_pixels", -1),
         ("shift_pixels", 10**9),
         ("train_limit", -5),
+        ("classes", "cat\ndog"),
+        ("classes", ("cat", "dog")),
+        ("train_per_class", -1),
+        ("train_per_class", 2.0),
     ],
 )
 def test_a_field_out_of_range_is_named_with_its_value(field: str, value: Any) -> None:
