@@ -12,11 +12,12 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from benchmarks.campaigns import WORK, campaign, commit, fingerprint
 from benchmarks.step import cpu_name
-from benchmarks.transfer_page import write_page
+from benchmarks.transfer_page import page
 from deploy.config import CampaignConfig, parse
 from deploy.folder import read_json
 from env.transfer import HOWS
@@ -27,8 +28,8 @@ ARMS = (*HOWS, SCRATCH)
 _SPLIT = 5  # classes that the source network is trained on; the others are those it moves to
 
 EPILOG = """\
-One source network a seed: a quarter-width VGG16 trained on the first five classes of CIFAR-10 by name, on 2,500 images
-of each for 14 epochs (2,730 minibatches of 64). It moves to the other five with 10, 50 or 250 images of each. The arms:
+One source network a seed: a quarter-width VGG16 trained on the first five classes of CIFAR-10 by name, on 2,000 images
+of each for 12 epochs (1,872 minibatches of 64). It moves to the other five with 10, 50 or 250 images of each. The arms:
   none             its weights with a new last layer, trained on the new classes: transfer alone
   prune            the weakest tenth of each layer's filters removed first
   reinit           given fresh weights first
@@ -40,7 +41,7 @@ the same rates and 300 minibatches of 25, however many images there are; then 90
 Taylor in 8 steps with 4 minibatches each, and 150 minibatches of recovery follow. Test accuracy is that of 5,000
 images, before and after the removal. Nothing is chosen: an arm has one network, and validation decides nothing.
 
-Each run is a campaign (`zeroout run`) in a folder of its own under .search/, so that one that is stopped goes on where
+Each run is a campaign in a folder of its own under .search/, so that one that is stopped goes on where
 it was; its row is written to benchmarks/results/transfer.jsonl with a fingerprint of its configuration, and is not made
 again while that stays the same. Delete the row to make it again.
 
@@ -72,9 +73,9 @@ FULL = Setting(
 source = "folder"
 flip = true
 shift_pixels = 4
-train_per_class = 2500
+train_per_class = 2000
 [baseline]
-epochs = 14
+epochs = 12
 batch_size = 64
 learning_rate = 0.1
 [recovery]
@@ -152,6 +153,7 @@ class Bench:
     work: Path
     deadline_s: float
     rows: list[dict[str, Any]] = field(default_factory=list)
+    lock: Lock = field(default_factory=Lock)
 
     def load(self) -> None:
         """Read the rows that are there."""
@@ -182,7 +184,9 @@ class Bench:
         out = self.weights(seed).parent.parent
         if (out / "result.json").is_file():
             return True
-        return time.time() < self.deadline_s and campaign(self.source_config(seed), out, [], f"source, seed {seed}")
+        return time.time() < self.deadline_s and campaign(
+            self.source_config(seed), out, [], f"source, seed {seed}", deliver=False
+        )
 
     def config(self, job: Job) -> CampaignConfig:
         """The campaign of one run."""
@@ -226,7 +230,7 @@ class Bench:
         what, print_of = f"{job.arm}, {job.images} images, seed {job.seed}", self.fingerprint(job)
         out = self.work / f"transfer-{job.seed}-{job.images}-{job.arm}-{print_of}"
         since = time.perf_counter()
-        if not campaign(self.config(job), out, [], what):
+        if not campaign(self.config(job), out, [], what, deliver=False):
             return
         row = {
             **row_of(out, job, self.config(job)),
@@ -235,10 +239,11 @@ class Bench:
             "commit": commit(),
             "wall_s": round(time.perf_counter() - since, 1),
         }
-        self.rows.append(row)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.lock:
+            self.rows.append(row)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
         print(f"{what}: test {row['test']:.4f}, compressed {row['test_compressed']:.4f}", flush=True)
 
 
@@ -304,7 +309,9 @@ def main() -> None:
     rows = [row for job in jobs if (row := bench.row(job)) is not None]
     if rows:
         command = " ".join(["python -m benchmarks.transfer", *sys.argv[1:]])
-        print(write_page(rows, given.results / "transfer.md", command))
+        text = page(rows, command)
+        (given.results / "transfer.md").write_text(text)
+        print(text)
 
 
 if __name__ == "__main__":

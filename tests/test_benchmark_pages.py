@@ -1,13 +1,20 @@
-"""What the benchmarks' pages say of their rows, by hand."""
+"""What the benchmarks' pages say of their rows, by hand; and benchmarks.transfer as the real command."""
 
+import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_campaign import ROOT, environment
 
+from benchmarks import transfer_page
 from benchmarks.campaigns import fingerprint
 from benchmarks.paired import difference, spread
 from benchmarks.replacement import ARMS, page
+from benchmarks.transfer import FULL, Bench, Job
 from deploy.config import parse
 
 
@@ -57,3 +64,73 @@ def test_a_fingerprint_is_of_what_was_changed_alone() -> None:
     assert fingerprint(parse("[episode]\nwaypoints = 8")) != plain
     assert fingerprint(parse("[cluster]\nlease_s = 8.0"), without=["cluster"]) == plain
     assert fingerprint(parse(""), beyond={"taught": "x"}) != plain
+
+
+def moved(arm: str, seed: int, test: float, compressed: float, images: int = 10) -> dict[str, Any]:
+    """A row of benchmarks.transfer."""
+    return {
+        "seed": seed, "images": images, "arm": arm, "test": test, "test_compressed": compressed, "compression": 0.9,
+        "parameters": 1000, "updates": 300, "recovery_updates": 150, "machine": "a machine",
+        "versions": {"torch": "2.13.0"},
+    }  # fmt: skip
+
+
+def test_the_page_of_transfer_says_where_replacement_helps_and_where_it_harms() -> None:
+    rows = [moved("none", seed, 0.60, 0.50) for seed in range(4)]
+    rows += [moved("1", seed, 0.62 + 0.002 * seed, 0.50 + 0.01 * (-1) ** seed) for seed in range(4)]
+    rows += [moved("2", seed, 0.60 + 0.01 * (-1) ** seed, 0.46 - 0.002 * seed) for seed in range(4)]
+    said = transfer_page.page(rows, "command")
+    assert (
+        "replacement helps in replacement 1 at 10 images a class, before compression (+2.30, p 0.000) and harms in "
+        "replacement 2 at 10 images a class, compressed (-4.30, p 0.000); of 4 comparisons, 0.2 would look so by chance"
+    ) in said
+    assert "| none | 4 | 1,000 | 60.00 (0.00) | - | 90.00% | 50.00 (0.00) | - |" in said
+    assert "| 1 | 4 | 1,000 | 62.30 (0.26) | +2.30 (4 of 4, p 0.000) | 90.00% | 50.00 (1.15) | " in said
+    assert "recovery after compression: 300 and 150." in said
+
+
+def test_the_page_of_transfer_says_when_nothing_can_be_told() -> None:
+    alone = [moved("none", seed, 0.60, 0.50) for seed in range(2)]
+    assert "cannot be said yet" in transfer_page.verdict([*alone, moved("1", 0, 0.7, 0.6)])
+    noise = [moved("1", seed, 0.60 + 0.01 * (-1) ** seed, 0.50 + 0.02 * (-1) ** seed) for seed in range(2)]
+    assert "shows no difference from transfer alone in any of 2" in transfer_page.verdict([*alone, *noise])
+
+
+def test_all_arms_of_transfer_have_as_many_updates_whatever_the_images(tmp_path: Path) -> None:
+    bench = Bench(FULL, "images", tmp_path / "rows.jsonl", tmp_path, math.inf)
+    for images in (10, 50, 250):
+        for arm in ("none", "prune", "scratch"):
+            config = bench.config(Job(seed=3, images=images, arm=arm))
+            minibatches = 5 * images // config.baseline.batch_size
+            assert config.baseline.epochs * minibatches == 300
+            assert config.recovery.epochs * minibatches == 150
+            assert (config.transfer.classes, bool(config.network.weights)) == (
+                (0, False) if arm == "scratch" else (5, True)
+            )
+            assert config.data.chosen == ("dog", "frog", "horse", "ship", "truck")
+            assert (config.seed, config.data.split_seed, config.data.train_per_class) == (3, 3, images)
+    assert bench.source_config(3).data.chosen == ("airplane", "automobile", "bird", "cat", "deer")
+    elsewhere = Bench(FULL, "elsewhere", tmp_path / "rows.jsonl", tmp_path / "work", math.inf)
+    assert elsewhere.fingerprint(Job(seed=3, images=10, arm="1")) == bench.fingerprint(Job(seed=3, images=10, arm="1"))
+    marks = {
+        bench.fingerprint(Job(seed=s, images=10, arm=arm)) for s in (3, 4) for arm in ("1", "2", "none", "scratch")
+    }
+    assert len(marks) == 8
+
+
+@pytest.mark.slow
+def test_transfer_as_the_real_command_makes_its_rows_once(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.transfer", "--quick", "--work", str(tmp_path)]
+    said = []
+    for _ in range(2):
+        ended = subprocess.run(
+            command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=500, check=False
+        )
+        assert ended.returncode == 0, ended.stderr
+        said.append(ended.stdout)
+    rows = [json.loads(line) for line in (tmp_path / "quick" / "transfer.jsonl").read_text().splitlines()]
+    assert {row["arm"] for row in rows} == {"none", "1", "scratch"}
+    assert len(rows) == 3
+    assert all(row["updates"] == 40 and 0 < row["test"] <= 1 and row["compression"] >= 0.9 for row in rows)
+    assert "\n| scratch | 1 | 51,461 | " in said[0]
+    assert said[0].endswith(said[1])  # the page again, and no more rows
