@@ -53,7 +53,7 @@ def _images(campaign: Campaign) -> Facts:
     source = settings["data.source"]
     # of images that come with Zeroout or from an official archive, the path says only where they lie
     facts = {"source": f"folder {settings['data.path']}" if source == "folder" else source}
-    keys = ("image_size", "validation_share", "test_share", "split_seed", "train_limit")
+    keys = ("image_size", "validation_share", "test_share", "split_seed", "train_limit", "classes", "train_per_class")
     return facts | {key: _shown(settings[f"data.{key}"]) for key in keys}
 
 

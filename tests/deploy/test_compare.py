@@ -275,6 +275,11 @@ def test_other_images_are_said(tmp_path: Path) -> None:
     )
 
 
+def test_other_classes_of_the_same_images_are_said(tmp_path: Path) -> None:
+    sentence = reservation(tmp_path, toml="[data]\nclasses = '3,8'\ntrain_per_class = 9")
+    assert "(classes '' in a | 3,8 in b; train_per_class 0 in a | 9 in b)" in sentence
+
+
 def test_another_baseline_is_said(tmp_path: Path) -> None:
     sentence = reservation(tmp_path, seed=1, baseline={**BASELINE, "test_accuracy": 0.81})
     assert "small, 1,000 parameters, validation 82.00 %, test 80.00 % in a |" in sentence
