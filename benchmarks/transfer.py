@@ -29,7 +29,7 @@ _SPLIT = 5  # classes that the source network is trained on; the others are thos
 
 EPILOG = """\
 One source network a seed: a quarter-width VGG16 trained on the first five classes of CIFAR-10 by name, on 2,000 images
-of each for 12 epochs (1,872 minibatches of 64). It moves to the other five with 10, 50 or 250 images of each. The arms:
+of each for 8 epochs (1,248 minibatches of 64). It moves to the other five with 10, 50 or 250 images of each. The arms:
   none             its weights with a new last layer, trained on the new classes: transfer alone
   prune            the weakest tenth of each layer's filters removed first
   reinit           given fresh weights first
@@ -75,7 +75,7 @@ flip = true
 shift_pixels = 4
 train_per_class = 2000
 [baseline]
-epochs = 12
+epochs = 8
 batch_size = 64
 learning_rate = 0.1
 [recovery]
@@ -87,7 +87,7 @@ epochs = 1
 source = "folder"
 flip = true
 shift_pixels = 4
-validation_share = 0.02
+validation_share = 0.004
 [baseline]
 learning_rate = 0.02
 [episode]
