@@ -31,10 +31,9 @@ def importances(config: CampaignConfig, dataset: Dataset, baseline: Baseline) ->
         duplicate(baseline.start), dataset, config.data, measure=baseline.measure, device=default_device()
     )
     whole, seed = recognizer.full(), derive_seed(config.seed, "agreement")
+    images = dict.fromkeys(IMPORTANCES, config.episode.score_images) | {"rank": config.episode.rank_images}
     scores = {
-        name: recognizer.importance(
-            name, whole, images=config.episode.score_images, batch_size=config.episode.batch_size, seed=seed
-        )
+        name: recognizer.importance(name, whole, images=images[name], batch_size=config.episode.batch_size, seed=seed)
         for name in IMPORTANCES
     }
     return recognizer.plan, scores

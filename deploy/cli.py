@@ -4,11 +4,12 @@ Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupt
 """
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -35,6 +36,7 @@ _PLAIN_WIDTH = 120  # characters, where the output is not a terminal
 _CAMPAIGNS = Path(__file__).parent / "campaigns"
 _DEFAULT_CONFIG, _IMAGES_CONFIG = _CAMPAIGNS / "digits.toml", _CAMPAIGNS / "images.toml"
 _FIRST_GUESSES = (0.5, 0.75, 0.9, 0.95)  # of `prune --max-drop`
+_RULE = "taylor"  # of `prune` and `transfer`
 _TRANSFER_RATE = 0.02  # a fifth of that from scratch: what was learned elsewhere is to be kept
 
 ConfigArgument = Annotated[
@@ -92,11 +94,14 @@ ControlsOption = Annotated[
 ]
 
 MethodOption = Annotated[
-    str,
-    typer.Option(help="Who ranks the filters: balanced, taylor, gamma, hrank, fpgm, l2, uniform-l1 or random."),
+    str | None,
+    typer.Option(
+        help="Who ranks the filters: balanced, taylor, gamma, hrank, fpgm, l2, uniform-l1 or random; taylor where "
+        "nothing says otherwise."
+    ),
 ]
 AllocationOption = Annotated[
-    str,
+    str | None,
     typer.Option(
         help="How a method's scores divide what goes between the layers: global (the lowest anywhere), uniform "
         "(equal shares) or balanced (least harm by narrowness); left out, what is usual with the method."
@@ -150,17 +155,19 @@ def prune(
     model: ModelOption = "",
     weights: WeightsOption = None,
     data: DataOption = "",
-    method: MethodOption = "taylor",
-    allocation: AllocationOption = "",
+    method: MethodOption = None,
+    allocation: AllocationOption = None,
     replace: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="Before pruning, treat the weakest filters of each layer and train on: 1 (copies of the strongest, "
             "once each), 2 (copies of the single strongest), 3 (copies in proportion to their importance above those "
             "that go); or, to compare, reinit, noise or none (that training alone)."
         ),
-    ] = "",
-    share: Annotated[float, typer.Option(help="Of each layer's filters, for --replace.")] = 0.1,
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(help="Of each layer's filters, for --replace; 0.1 where nothing says otherwise.")
+    ] = None,
     compression: CompressionOption = None,
     measure: MeasureOption = "parameters",
     max_drop: MaxDropOption = None,
@@ -177,11 +184,12 @@ def prune(
 
     extra = [
         *_what(model, weights, data),
-        f"replacement.how={json.dumps(replace)}",
-        f"replacement.share={share}",
-        *_by_rule(method, allocation, compression, measure, max_drop, steps),
+        *_given({"replacement.how": replace, "replacement.share": share}),
+        *_by_rule(method or _usual(config), allocation, compression, measure, max_drop, steps),
     ]
-    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
+    if share is not None and not asked.replacement.how:
+        raise UserError("--share", expected="--replace beside it", got="none", remedy="say what is to be replaced")
     _campaign(out, lambda _path, _progress: asked, "")
 
 
@@ -201,7 +209,9 @@ def transfer(
     ] = "",
     images_per_class: Annotated[
         int | None,
-        typer.Option(help="Train on exactly so many images of each class; validation and test keep all of theirs."),
+        typer.Option(
+            min=1, help="Train on exactly so many images of each class; validation and test keep all of theirs."
+        ),
     ] = None,
     treat: Annotated[
         str | None,
@@ -214,8 +224,8 @@ def transfer(
     share: Annotated[
         float | None, typer.Option(help="Of each layer's filters, for --treat; 0.1 where nothing says otherwise.")
     ] = None,
-    method: MethodOption = "taylor",
-    allocation: AllocationOption = "",
+    method: MethodOption = None,
+    allocation: AllocationOption = None,
     compression: CompressionOption = None,
     measure: MeasureOption = "parameters",
     max_drop: MaxDropOption = None,
@@ -238,20 +248,22 @@ def transfer(
     from deploy.config import load
 
     extra = _what(model, weights, data)
-    for key, value in {
-        "transfer.classes": from_classes,
-        "transfer.how": treat,
-        "transfer.share": share,
-        "data.classes": classes or None,
-        "data.train_per_class": images_per_class,
-    }.items():
-        if value is not None:
-            extra.append(f"{key}={json.dumps(value)}")
-    extra += _by_rule(method, allocation, compression, measure, max_drop, steps)
+    extra += _given(
+        {
+            "transfer.classes": from_classes,
+            "transfer.how": treat,
+            "transfer.share": share,
+            "data.classes": classes or None,
+            "data.train_per_class": images_per_class,
+        }
+    )
+    extra += _by_rule(method or _usual(config), allocation, compression, measure, max_drop, steps)
     if config is None:
         extra += [f"{section}.learning_rate={_TRANSFER_RATE}" for section in ("baseline", "recovery")]
-    asked = load(config or _default_config(data), [*extra, *(overrides or [])])
+    asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
     _require_source(asked)
+    if share is not None and asked.transfer.how == "none":
+        raise UserError("--share", expected="--treat beside it", got="none", remedy="say what becomes of the filters")
 
     def fitted(_path: Path, progress: Any) -> Any:
         from deploy.transfer import for_few_images
@@ -260,7 +272,7 @@ def transfer(
         if config is not None:
             return asked
         images = len(load_dataset(asked.data, progress=partial(progress.share, "images")).train)
-        return load(_default_config(data), [*extra, *for_few_images(asked, images), *(overrides or [])])
+        return _ruled(load(_default_config(data), [*extra, *for_few_images(asked, images), *(overrides or [])]))
 
     _campaign(out, fitted, "")
 
@@ -275,8 +287,30 @@ def _require_source(config: Any) -> None:
             raise UserError(option, expected=expected, got="nothing", remedy="zeroout transfer --help has an example")
 
 
+def _given(values: Mapping[str, Any]) -> list[str]:
+    """Overrides for the options that were given; None is for one that was not, so that the file's value stays."""
+    return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
+
+
+def _usual(config: Path | None) -> str | None:
+    """The rule of a campaign without a file of its own; one with a file may say another."""
+    return _RULE if config is None else None
+
+
+def _ruled(config: Any) -> Any:
+    """The configuration with the usual rule, where neither an option nor the file says which one decides."""
+    if config.search.alone:
+        return config
+    return dataclasses.replace(config, search=dataclasses.replace(config.search, method=_RULE, controls=()))
+
+
 def _by_rule(
-    method: str, allocation: str, compression: list[float] | None, measure: str, max_drop: float | None, steps: int
+    method: str | None,
+    allocation: str | None,
+    compression: list[float] | None,
+    measure: str,
+    max_drop: float | None,
+    steps: int,
 ) -> list[str]:
     """Overrides for one episode of one rule, from the options of the same names."""
     targets = sorted(compression or ((0.9,) if max_drop is None else _FIRST_GUESSES))
@@ -286,8 +320,7 @@ def _by_rule(
     if steps < 1:
         raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
     return [
-        f"search.method={json.dumps(method)}",
-        f"search.allocation={json.dumps(allocation)}",
+        *_given({"search.method": method, "search.allocation": allocation}),
         "search.episodes=1",
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",

@@ -76,6 +76,9 @@ def _budget(campaign: Campaign) -> Facts:
         "episodes": _shown(campaign.result.get("episodes", settings["search.episodes"])),
         "retrained minibatches an episode": _shown(retrained + recovered),
         "images a minibatch": _shown(settings["episode.batch_size"]),
+        "epochs after replacement": _shown(
+            settings["replacement_training.epochs"] if settings["replacement.how"] else 0
+        ),
         "recovery epochs": _shown(settings["recovery.epochs"]),
     }
 

@@ -22,6 +22,7 @@ from deploy.replace import FACTS
 from env.channels import ChannelPlan
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset
+from env.errors import first_line
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
 from env.splits import Split
@@ -148,8 +149,15 @@ class Recovery:
         return result
 
     def _compare_with_importances(self, points: list[dict[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:
-        """Add to each point how far the importances agree with what was kept, where its mask is known."""
-        plan, scores = importances(self.config, self.dataset, self.baseline)
+        """Add to each point how far the importances agree with what was kept, where its mask is known.
+
+        It is there for people alone, so whatever goes wrong with it (somebody's network may hold anything) is noted.
+        """
+        try:
+            plan, scores = importances(self.config, self.dataset, self.baseline)
+        except Exception as error:
+            self.progress.note(f"the importances cannot be compared with what was kept: {first_line(error)}")
+            return
         for point in points:
             keep_mask = keep_mask_of(records, point, plan.units)
             if keep_mask is not None:
@@ -192,6 +200,7 @@ class Recovery:
         keys = ("target", "group", "policy", "episode", "compression", "parameters", "macs", "bytes")
         point = {
             **{key: facts[key] for key in keys},
+            "policy": self._named(str(facts["policy"])),
             "val_accuracy": facts["validation"]["accuracy"],
             "test_accuracy": self._judge(network, self.dataset.test).accuracy,
             "model": str(model.relative_to(self.folder.path)),
@@ -199,6 +208,15 @@ class Recovery:
         if abs(point["compression"] - point["target"]) > point["target"] * TOLERANCE and "probe" not in facts:
             point["why_not_exact"] = self._why_not_exact(network)
         return point
+
+    def _named(self, policy: str) -> str:
+        """Who chose the filters, and what was done to them before: all that tells a method from others."""
+        before = []
+        if self.config.transfer.classes:
+            before.append(f"transfer, {self.config.transfer.how}")
+        if self.config.replacement.how:
+            before.append(f"replacement {self.config.replacement.how}")
+        return f"{policy} after {' and '.join(before)}" if before else policy
 
     def _why_not_exact(self, network: nn.Module) -> str:
         """What a single filter of the compact network weighs: targets between two such steps cannot be met."""

@@ -5,7 +5,9 @@ baseline: what replacement is worth shows in what is left after pruning.
 """
 
 import dataclasses
+import logging
 from dataclasses import asdict
+from pathlib import Path
 
 from torch import nn
 
@@ -16,6 +18,7 @@ from deploy.progress import Progress
 from env.channels import duplicate
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset
+from env.errors import UserError, first_line
 from env.recognizer import Recognizer
 from env.replacement import treat
 from env.retraining import Metrics, evaluate
@@ -24,6 +27,7 @@ from env.seeds import derive_seed
 __all__ = ["FACTS", "replaced"]
 
 FACTS = "replaced.json"  # in `baseline/`
+_LOG = logging.getLogger(__name__)
 
 
 def replaced(
@@ -33,7 +37,7 @@ def replaced(
     if not config.replacement.how:
         return baseline
     model, facts = folder.baseline / "replaced.safetensors", folder.baseline / FACTS
-    if not (model.is_file() and facts.is_file()):
+    if not _made_so(model, facts, config):
         network = duplicate(baseline.network).to(default_device())
         found = _replace(network, folder, config, dataset.to(default_device()), baseline, progress)
         write_atomic(model, network_to_bytes(network, baseline.form))
@@ -41,6 +45,22 @@ def replaced(
     accuracy = read_json(facts)["validation"]["accuracy"]
     progress.note(f"after replacement {config.replacement.how}: validation accuracy {accuracy:.4f}")
     return dataclasses.replace(baseline, replaced=network_from_file(str(model)))
+
+
+def _made_so(model: Path, facts: Path, config: CampaignConfig) -> bool:
+    """Whether the product is there, whole, and made with these settings; else it is made anew, which is said."""
+    if not (model.is_file() and facts.is_file()):
+        return False
+    try:
+        network_from_file(str(model))
+        found = read_json(facts)
+        problem = "" if asdict(config.replacement).items() <= found.items() else "was made with other settings"
+        float(found["validation"]["accuracy"])
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        problem = f"cannot be read ({first_line(error)})"
+    if problem:
+        _LOG.warning("%s %s: the replacement is made anew", model, problem)
+    return not problem
 
 
 def _replace(

@@ -134,7 +134,8 @@ def _result_section(result: Record | None) -> str:
     if result is None:
         return "<h2>Result</h2><p>No network has been recovered and tested yet.</p>"
     baseline = result.get("baseline") or {}
-    rows = [_baseline_row(baseline), *(_point_row(p, baseline) for p in result.get("points") or [])]
+    rows = [_baseline_row(baseline), *_replacement_rows(result)]
+    rows += [_point_row(point, baseline) for point in result.get("points") or []]
     header = (
         "target", f"{measure_name(result)} removed", "parameters", "MACs", "validation", "change", "test", "change",
         "chosen by", "model",
@@ -156,6 +157,19 @@ def _baseline_row(baseline: Record) -> list[str]:
     return ["baseline", "", *sizes, *accuracies, "", ""]
 
 
+def _replacement_rows(result: Record) -> list[list[str]]:
+    """The network after filter replacement, before anything was pruned; none where there was no replacement."""
+    row, baseline = result.get("replacement"), result.get("baseline") or {}
+    if not row:
+        return []
+    accuracies = [
+        cell
+        for key in ("val_accuracy", "test_accuracy")
+        for cell in (percent(row.get(key)), change(row.get(key), baseline.get(key)))
+    ]
+    return [[f"after replacement {row['how']}", "", "", "", *accuracies, "", ""]]
+
+
 def _point_row(point: Record, baseline: Record) -> list[str]:
     accuracies = [
         cell
@@ -163,7 +177,7 @@ def _point_row(point: Record, baseline: Record) -> list[str]:
         for cell in (percent(point.get(key)), change(point.get(key), baseline.get(key)))
     ]
     group, policy = point.get("group"), str(point.get("policy", ""))
-    chosen_by = policy if group is None or group == policy else f"{group}: {policy}"
+    chosen_by = policy if group is None or policy.partition(" ")[0] == group else f"{group}: {policy}"
     return [
         percent(point.get("target"), 1),
         percent(point.get("compression")),

@@ -106,7 +106,7 @@ def _agreement(point: Record) -> str:
     shares = ", ".join(f"{name} {percent(share, 0)}" for name, share in sorted(found.items(), key=lambda kv: -kv[1]))
     said = (
         f"Of the filters kept, so many are among the highest of their layer by each importance of the network before "
-        f"it was pruned: {shares}. As many chosen at random: {percent(chance, 0)}."
+        f"it was pruned, on images drawn anew: {shares}. As many chosen at random: {percent(chance, 0)}."
     )
     return f"<p class=dim>{text(said)}</p>"
 

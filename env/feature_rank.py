@@ -7,8 +7,7 @@ residual sum, those are also the maps that the next convolutions read; a unit's 
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -38,112 +37,121 @@ def feature_rank(
     """
     was_training = network.training
     network.eval()
-    total, maps = torch.zeros(2, plan.units, dtype=torch.float64)
-    sources: list[_Source] = []
+    watch = _Watch(network, plan, keep_mask)
     with torch.inference_mode():
-        for images, _ in batches:
-            sources = sources or list(_sources(network, plan, keep_mask, images[:1]))
-            with contextlib.ExitStack() as hooks:
-                for source in sources:
-                    hooks.enter_context(source.added_to(total, maps))
-                network(images)
+        for number, (images, _) in enumerate(batches):
+            if number == 0:
+                watch.unseen = watch.layers_unseen_in(images[:1])
+            watch.look(images)
     network.train(was_training)
-    return total / maps.clamp(min=1), maps
+    return watch.total / watch.maps.clamp(min=1), watch.maps
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Source:
-    """A place in the network where units' maps can be seen: what `module` returns, or what it reads.
+class _Watch:
+    """Looks on while a network runs, and adds up the ranks of its units' maps.
 
-    `owner` is int64 [C], the unit of each channel or -1. `activated` is whether an activation has been there.
+    Which map is whose is told call by call, by the tensors themselves: a module may be called in many places.
+
+    Attributes:
+        total: float64 [F], the sum of each unit's ranks.
+        maps: float64 [F], of how many maps.
+        unseen: layers whose activation is no module, and whose maps are no sum that a convolution reads: theirs are
+            looked at where they are made, as a ReLU would leave them.
+
     """
 
-    module: nn.Module
-    reads: bool
-    owner: Tensor
-    activated: bool = True
+    def __init__(self, network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> None:
+        self._network, self._plan = network, plan
+        self.total, self.maps = torch.zeros(2, plan.units, dtype=torch.float64)
+        self.unseen: set[int] = set()
+        self._made: dict[int, Tensor] = {}  # by the identity of a tensor that an end returned, whose its channels are
+        self._counted: set[int] = set()
+        self._kept: list[Tensor] = []  # all of these, so that none has the identity of one that is gone
+        self._ends = {
+            path: output_owner(path, network.get_submodule(path), plan, keep_mask)
+            for path in dict.fromkeys(path for layer in plan.layers for path in layer.modules)
+        }
+        self._readers = dict(_readers(network, plan, keep_mask))
 
-    @contextlib.contextmanager
-    def added_to(self, total: Tensor, maps: Tensor) -> Iterator[None]:
-        """Add the ranks of what passes here to the units' `total`, and their number to `maps`; both float64 [F]."""
+    def layers_unseen_in(self, image: Tensor) -> set[int]:
+        """Layers none of whose maps is seen behind an activation, or by a reader, when `image` [1, C, H, W] is run."""
+        self.look(image)
+        unseen = {
+            number
+            for number, layer in enumerate(self._plan.layers)
+            if not bool(self.maps[layer.first : layer.first + layer.units].any())
+        }
+        self.total.zero_()
+        self.maps.zero_()
+        return unseen
 
-        def look(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen = inputs[0] if self.reads else output
-            seen = seen.movedim(-1, 1) if isinstance(self.module, nn.Linear) and not self.reads else seen
-            ranks = _ranks(seen if self.activated else seen.relu())
-            owned = self.owner >= 0
-            total.index_add_(0, self.owner[owned], ranks.sum(0)[owned])
-            maps.index_add_(0, self.owner[owned], torch.full((int(owned.sum()),), len(ranks), dtype=torch.float64))
+    def look(self, images: Tensor) -> None:
+        """Run the network on images [B, C, H, W], and count."""
+        self._made, self._counted, self._kept = {}, set(), []
+        with contextlib.ExitStack() as hooks:
+            for path, owner in self._ends.items():
+                module = self._network.get_submodule(path)
+                hooks.callback(module.register_forward_hook(self._on_end(path, owner)).remove)
+            for module, owner in self._readers.items():
+                hooks.callback(module.register_forward_pre_hook(self._on_reader(owner)).remove)
+            for module in self._network.modules():
+                if type(module).__module__ == _ACTIVATIONS:
+                    hooks.callback(module.register_forward_hook(self._on_activation).remove)
+            self._network(images)
+        self._kept = []
 
-        handle = self.module.register_forward_hook(look)
-        try:
-            yield
-        finally:
-            handle.remove()
+    def _on_end(self, path: str, owner: Tensor) -> Any:
+        layers = enumerate(self._plan.layers)
+        here = torch.tensor([number in self.unseen and layer.modules[-1] == path for number, layer in layers])
+        unseen = torch.where((owner >= 0) & here[self._plan.layer_of[owner.clamp(min=0)]], owner, -1)
 
+        def look(module: nn.Module, _inputs: Any, output: Tensor) -> None:
+            self._made[id(output)] = owner
+            self._kept.append(output)
+            if bool((unseen >= 0).any()):
+                maps = output.movedim(-1, 1) if isinstance(module, nn.Linear) else output
+                self._count(maps.relu(), unseen)
 
-def _sources(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, image: Tensor) -> Iterator[_Source]:
-    """Where the maps of each layer are seen; `image` [1, C, H, W] is run to find out what follows what."""
-    flow: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # what each module read and returned, at its last call
+        return look
 
-    def note(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
-            flow[module] = inputs[0], output
+    def _on_activation(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        owner = self._made.get(id(inputs[0])) if inputs else None
+        if owner is not None and isinstance(output, Tensor):
+            self._count(output, owner)
 
-    handles = [module.register_forward_hook(note) for module in network.modules()]
-    network(image)
-    for handle in handles:
-        handle.remove()
-    for number in range(len(plan.layers)):
-        yield from _of_layer(network, plan, keep_mask, number, flow)
+    def _on_reader(self, owner: Tensor) -> Any:
+        return lambda _module, inputs: self._count(inputs[0], owner)
 
-
-def _of_layer(
-    network: nn.Module,
-    plan: ChannelPlan,
-    keep_mask: Tensor,
-    number: int,
-    flow: Mapping[nn.Module, tuple[Tensor, Tensor]],
-) -> Iterator[_Source]:
-    """The places where one layer's maps are seen, each map once."""
-    layer, found = plan.layers[number], dict[int, _Source]()
-    ends = {path: network.get_submodule(path) for path in layer.modules}
-    for path, end in ends.items():
-        owner = _owned_by(plan, number, output_owner(path, end, plan, keep_mask))
-        for module, (read, returned) in flow.items():
-            if type(module).__module__ == _ACTIVATIONS and end in flow and read is flow[end][1]:
-                found[id(returned)] = _Source(module=module, reads=False, owner=owner)
-    if _several(ends.values()) or not found:
-        for module, owner in _readers(network, plan, keep_mask, number):
-            if module in flow:
-                found.setdefault(id(flow[module][0]), _Source(module=module, reads=True, owner=owner))
-    if not found:  # an activation that is no module, and no convolution after it
-        last, end = list(ends.items())[-1]
-        owner = _owned_by(plan, number, output_owner(last, end, plan, keep_mask))
-        found[0] = _Source(module=end, reads=False, owner=owner, activated=False)
-    yield from found.values()
-
-
-def _several(ends: Iterable[nn.Module]) -> bool:
-    """Whether more than one convolution makes the units, which a sum then joins."""
-    return sum(isinstance(module, CONVOLUTIONS) and not is_depthwise(module) for module in ends) > 1
+    def _count(self, maps: Tensor, owner: Tensor) -> None:
+        """Add the ranks of maps [B, C, ...], once for each tensor; `owner` is int64 [C]."""
+        if id(maps) in self._counted:
+            return
+        self._counted.add(id(maps))
+        self._kept.append(maps)
+        owned, ranks = owner >= 0, _ranks(maps)
+        self.total.index_add_(0, owner[owned], ranks.sum(0)[owned])
+        self.maps.index_add_(0, owner[owned], torch.full((int(owned.sum()),), len(ranks), dtype=torch.float64))
 
 
-def _readers(
-    network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, number: int
-) -> Iterator[tuple[nn.Module, Tensor]]:
-    """The ordinary convolutions that read channels of a layer, each with the owners of what it reads."""
+def _readers(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The ordinary convolutions that read the sum of several others' maps, with the unit of each channel, or -1.
+
+    Such a sum is made by no module, so its activation cannot be told from others.
+    """
+    joined = torch.tensor([_several(network, layer.modules) for layer in plan.layers])
     for path, module in network.named_modules():
         if isinstance(module, CONVOLUTIONS) and module.groups == 1:
             owner = dict(plan.axes(f"{path}.weight", keep_mask)).get(1)
-            if owner is not None and bool((_owned_by(plan, number, owner) >= 0).any()):
-                yield module, _owned_by(plan, number, owner)
+            if owner is not None:
+                mine = (owner >= 0) & joined[plan.layer_of[owner.clamp(min=0)]]
+                if bool(mine.any()):
+                    yield module, torch.where(mine, owner, -1)
 
 
-def _owned_by(plan: ChannelPlan, number: int, owner: Tensor) -> Tensor:
-    """The owners that are units of one layer; -1 for all others."""
-    mine = (owner >= 0) & (plan.layer_of[owner.clamp(min=0)] == number)
-    return torch.where(mine, owner, -1)
+def _several(network: nn.Module, modules: tuple[str, ...]) -> bool:
+    """Whether more than one convolution makes the units, which a sum then joins."""
+    made = [network.get_submodule(path) for path in modules]
+    return sum(isinstance(module, CONVOLUTIONS) and not is_depthwise(module) for module in made) > 1
 
 
 def _ranks(maps: Tensor) -> Tensor:

@@ -48,12 +48,21 @@ def importance(name: str, network: nn.Module, plan: ChannelPlan, keep_mask: Tens
 def rank(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
     """Mean rank of each unit's feature maps (HRank, see env/feature_rank.py): float32 [F]; arguments as `taylor`.
 
-    Deep maps are small, so that many filters share a rank. The second key is `l1`: it adds less than half of the least
-    difference that two mean ranks can have.
+    Deep maps are small, so that many filters of a layer share a rank. The second key among those is `l1`: it adds less
+    than half of the least difference that two mean ranks can have.
     """
     ranks, maps = feature_rank(network, plan, keep_mask, batches)
-    second = l1(network, plan, keep_mask).double()
-    tie = 0.49 * second / second.max().clamp(min=_SMALLEST) / maps.clamp(min=1)
+    second = l1(network, plan, keep_mask)
+    place = torch.zeros(plan.units, dtype=torch.float64)
+    for layer in plan.layers:
+        mine = slice(layer.first, layer.first + layer.units)
+        # places among the equals, not the norms themselves, whose differences float32 would lose beside the rank
+        for value in torch.unique(ranks[mine]):
+            equals = layer.first + (ranks[mine] == value).nonzero().flatten()
+            place[equals[second[equals].argsort(stable=True)]] = torch.linspace(
+                0.0, 1.0, len(equals), dtype=place.dtype
+            )
+    tie = 0.49 * place / maps.clamp(min=1)
     return (ranks + torch.where(keep_mask, tie, 0.0)).float()
 
 

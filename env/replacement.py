@@ -8,6 +8,7 @@ Nothing may be ranked again before that training: copies tie exactly. Called by 
 deploy/transfer.py, for a network that moves to other classes.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
@@ -104,13 +105,18 @@ def check_copies(section: str, config: Treatment) -> None:
 def require_filters(plan: ChannelPlan, share: float, section: str = "replacement") -> None:
     """UserError, which calls the configuration `section`, where `share` of the widest layer is no filter at all."""
     widest = int(plan.widths.max())
-    if int(share * widest) < 1:
+    if _count(share, widest) < 1:
         raise UserError(
             f"{section}.share",
-            expected=f"at least {1 / widest:.3f}, one filter of the widest layer",
+            expected=f"at least {math.ceil(1000 / widest) / 1000:.3f}, one filter of the widest layer",
             got=repr(share),
             remedy="raise it",
         )
+
+
+def _count(share: float, filters: int) -> int:
+    """How many filters that is, rounded down; 0.29 of 100 are 29, whatever binary fractions say."""
+    return int(share * filters + 1e-9)
 
 
 def treat(
@@ -157,7 +163,7 @@ def weakest(plan: ChannelPlan, scores: Tensor, share: float) -> list[Tensor]:
     """
     found = []
     for order in _strongest_first(plan, scores):
-        count = min(int(share * len(order)), len(order) - 1)
+        count = min(_count(share, len(order)), len(order) - 1)
         found.append(order[len(order) - count :])
     return found
 

@@ -49,15 +49,29 @@ def row(arm: str, seed: int, test: float, **changes: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_the_page_says_whether_replacement_keeps_more() -> None:
+def test_the_page_says_whether_the_claim_holds_by_either_drop() -> None:
     rows = [row(arm, seed, 0.70 + 0.001 * seed) for arm in ARMS for seed in range(4) if arm not in ("1", "2")]
-    rows += [row("1", seed, 0.72 + 0.002 * seed) for seed in range(4)]
+    # from right before pruning replacement 1 drops less, from the baseline more
+    rows += [row("1", seed, 0.69 + 0.002 * seed, replaced_test=0.78) for seed in range(4)]
     rows += [row("2", seed, 0.70 + 0.01 * (-1) ** seed) for seed in range(4)]
     said = page([row("1", 0, 0.1), *rows], "command")  # the first is an older row of the same arm and seed
     assert "1,000 training images, 4 epochs of baseline, 2 after the replacement of 20% of each layer, 3 of" in said
-    assert "| no replacement | 4 | 81.00 (0.00) | 70.15 (0.13) | 10.85 (0.13) | 9.85 (0.13) | - |" in said
-    assert "replacement 1 at 90% keeps more (+2.15, p 0.000)" in said
-    assert "replacement 2 at 90% shows no difference" in said
+    assert "| no replacement | 4 | 81.00 (0.00) | 70.15 (0.13) | 10.85 (0.13) | - | 9.85 (0.13) | - |" in said
+    assert "| replacement 1 | 4 | 78.00 (0.00) | 69.30 (0.26) | 8.70 (0.26) | +2.15 (4 of 4, p 0.000) | 10.70" in said
+    assert (
+        "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p 0.000); from the baseline, it does not, "
+        "the drop is larger (-0.85, p 0.001)." in said
+    )
+    assert "- replacement 2 at 90%: from right before pruning, no difference is shown" in said
+    assert "- replacement 3 at 90%: from right before pruning, too few seeds to say" in said  # all pairs differ alike
+
+
+def test_rows_of_other_targets_or_shares_stand_in_other_tables() -> None:
+    rows = [row("none", 0, 0.7), row("1", 0, 0.8, targets=[0.5]), row("2", 0, 0.9, share=0.4)]
+    said = page(rows, "command")
+    assert said.count("## vgg16") == 3
+    assert "50% of the parameters removed" in said
+    assert "replacement of 40%" in said
 
 
 def test_a_fingerprint_is_of_what_was_changed_alone() -> None:

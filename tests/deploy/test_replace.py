@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from deploy import cli
-from deploy.config import load, parse
+from deploy.config import load
 from env.compact_file import network_from_file
-from env.errors import UserError
+from env.recognizer import Body, Recognizer
 from env.replacement import TREATMENTS
 
 TINY = """
@@ -75,11 +75,11 @@ def result_of(out: Path) -> dict[str, Any]:
 def test_filters_are_replaced_trained_on_and_then_pruned(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
 ) -> None:
-    asked = ("--method", "hrank", "--share", 0.25, "--compression", 0.6, "--steps", 1)
+    asked = ("--method", "hrank", "--compression", 0.6, "--steps", 1)
     outs = {how: tmp_path / f"out{how}" for how in ("", "none", "2")}
     weights = outs[""] / "baseline" / "model.safetensors"
     for how, out in outs.items():
-        given = ("--replace", how) if how else ()
+        given = ("--replace", how, "--share", 0.25) if how else ()
         sets = () if not how else ("--set", f"network.weights={json.dumps(str(weights))}")
         assert zeroout(monkeypatch, "prune", config, *asked, *given, *sets, "--out", out) == 0
     printed = capsys.readouterr().out
@@ -91,12 +91,13 @@ def test_filters_are_replaced_trained_on_and_then_pruned(
         assert (row["how"], row["share"]) == (how, 0.25)
         assert results[how]["baseline"] == results[""]["baseline"]  # that of the network as it was
         assert f"after replacement {how}" in printed
+        assert f"<td>after replacement {how}" in (outs[how] / "report.html").read_text()
         facts = json.loads((outs[how] / "baseline" / "replaced.json").read_text())
         assert row["val_accuracy"] == facts["validation"]["accuracy"]
         trained = network_from_file(str(outs[how] / "baseline" / "replaced.safetensors"))
         assert sum(parameter.numel() for parameter in trained.parameters()) == results[how]["baseline"]["parameters"]
         (point,) = results[how]["points"]
-        assert point["policy"] == "hrank"
+        assert point["policy"] == f"hrank after replacement {how}"
         assert point["compression"] >= 0.6
         # it was decided by another draw of the same images' rank
         assert point["agreement"]["rank"] > max(0.7, point["agreement"]["chance"])
@@ -127,9 +128,64 @@ def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
 ) -> None:
     out = tmp_path / "out"
     asked = ("--method", method, "--allocation", "balanced", "--steps", 3)
-    assert zeroout(monkeypatch, "prune", config, *asked, "--out", out) == 0
+    looked_at = []
+    importance = Recognizer.importance
+
+    def noted(self: Recognizer, name: str, body: Body, **given: Any) -> torch.Tensor:
+        looked_at.append((name, int(body.keep_mask.sum())))
+        return importance(self, name, body, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Recognizer, "importance", noted)
+        assert zeroout(monkeypatch, "prune", config, *asked, "--out", out) == 0
     assert result_of(out)["points"][0]["policy"] == method
     assert load(out / "campaign.toml").search.allocation == "balanced"
+    in_the_episode = [kept for name, kept in looked_at if name == method][:3]  # before each of the three steps
+    assert in_the_episode == sorted(set(in_the_episode), reverse=True)
+
+
+def test_what_the_file_says_stays_where_no_option_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+) -> None:
+    config.write_text(
+        TINY.replace("[replacement]", '[replacement]\nhow = "2"').replace('"hrank"', '"l2"\nallocation = "global"')
+    )
+    assert zeroout(monkeypatch, "prune", config, "--steps", 1, "--out", tmp_path / "file") == 0
+    found = load(tmp_path / "file" / "campaign.toml")
+    assert (found.search.method, found.search.allocation) == ("l2", "global")
+    assert (found.replacement.how, found.replacement.share) == ("2", 0.25)
+    assert result_of(tmp_path / "file")["points"][0]["policy"] == "l2 after replacement 2"
+
+
+@pytest.mark.parametrize("broken", ["{}", "no JSON", '{"how": "1"}'])
+def test_a_broken_or_other_product_is_made_anew(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, broken: str
+) -> None:
+    out = tmp_path / "out"
+    assert zeroout(monkeypatch, "prune", config, "--replace", "2", "--steps", 1, "--out", out) == 0
+    first = result_of(out)
+    (out / "result.json").unlink()
+    product = out / "baseline" / "replaced.json"
+    whole = product.read_text()
+    if broken == "no JSON":
+        (out / "baseline" / "replaced.safetensors").write_bytes(b"short")
+    else:
+        product.write_text(broken)
+    assert zeroout(monkeypatch, "resume", out) == 0
+    assert product.read_text() == whole
+    assert {**result_of(out), "seconds": 0} == {**first, "seconds": 0}
+
+
+def test_an_importance_that_fails_costs_no_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("a map of three dimensions")
+
+    monkeypatch.setattr("deploy.recover.importances", fails)
+    assert zeroout(monkeypatch, "prune", config, "--method", "l2", "--steps", 1, "--out", tmp_path / "out") == 0
+    assert "agreement" not in result_of(tmp_path / "out")["points"][0]
+    assert "cannot be compared with what was kept: a map of three dimensions" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -139,6 +195,7 @@ def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
         (("--replace", "1", "--share", "1.5"), "replacement.share: expected a share above 0 and below 1, got 1.5"),
         (("--replace", "1", "--share", "0.7"), "replacement.share: expected at most 0.5 for replacement 1"),
         (("--replace", "2", "--share", "0.01"), "replacement.share: expected at least 0.042, one filter of the widest"),
+        (("--share", "0.3"), "--share: expected --replace beside it, got none"),
         (("--allocation", "fair"), "search.allocation: expected global | uniform | balanced, with search.method"),
         (("--method", "random", "--allocation", "uniform"), "got 'uniform' with random"),
         (("--replace", "1", "--set", "replacement_training.batch_size=5000"), "training images: expected at least one"),
@@ -157,8 +214,3 @@ def test_a_mistake_is_one_line(
     error = capsys.readouterr().err.strip()
     assert said in error
     assert "\n" not in error
-
-
-def test_a_layer_keeps_the_filters_it_must_keep() -> None:
-    with pytest.raises(UserError, match=r"episode\.min_width"):
-        parse(TINY, ["episode.min_width=0"])

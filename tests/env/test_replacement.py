@@ -47,6 +47,7 @@ SCORES = torch.tensor([5.0, 9.0, 1.0, 8.0, 2.0, 4.0, 3.0, 3.0, 6.0])
 def test_the_weakest_of_each_layer_are_found_and_one_stays() -> None:
     assert [weak.tolist() for weak in weakest(PLAN, SCORES, 0.5)] == [[4, 2], [6, 7]]
     assert [weak.tolist() for weak in weakest(PLAN, SCORES, 0.2)] == [[2], []]
+    assert [len(weak) for weak in weakest(PLAN, SCORES, 0.6)] == [3, 2]  # 0.6 of 5 is below 3 in binary fractions
     assert [weak.tolist() for weak in weakest(PLAN, SCORES, 0.999)] == [[3, 0, 4, 2], [5, 6, 7]]
 
 
