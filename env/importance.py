@@ -59,9 +59,8 @@ def rank(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batc
         # places among the equals, not the norms themselves, whose differences float32 would lose beside the rank
         for value in torch.unique(ranks[mine]):
             equals = layer.first + (ranks[mine] == value).nonzero().flatten()
-            place[equals[second[equals].argsort(stable=True)]] = torch.linspace(
-                0.0, 1.0, len(equals), dtype=place.dtype
-            )
+            order = equals[second[equals].argsort(descending=True, stable=True)]
+            place[order] = torch.linspace(1.0, 0.0, len(equals), dtype=place.dtype)
     tie = 0.49 * place / maps.clamp(min=1)
     return (ranks + torch.where(keep_mask, tie, 0.0)).float()
 
