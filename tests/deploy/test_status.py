@@ -120,6 +120,15 @@ def test_the_rendering_shows_stage_actors_frontier_and_result(campaign: Campaign
         assert words in text
 
 
+def test_a_network_after_replacement_stands_between_the_baseline_and_the_result(campaign: CampaignFolder) -> None:
+    write_json(campaign.result_json, RESULT | {"replacement": {"how": "2", "val_accuracy": 0.7, "test_accuracy": 0.68}})
+    lines = rendered(read_status(campaign)).splitlines()
+    (place,) = [number for number, line in enumerate(lines) if "after replacement 2" in line]
+    assert "70.00%" in lines[place]
+    assert "68.00%" in lines[place]
+    assert "baseline" in lines[place - 1]
+
+
 def test_an_empty_campaign_can_be_rendered(campaign: CampaignFolder) -> None:
     assert "[prepare]" in rendered(read_status(campaign))
 
