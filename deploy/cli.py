@@ -262,7 +262,7 @@ def transfer(
         extra += [f"{section}.learning_rate={_TRANSFER_RATE}" for section in ("baseline", "recovery")]
     asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
     _require_source(asked)
-    if share is not None and asked.transfer.how == "none":
+    if share is not None and treat is None and asked.transfer.how == "none":
         raise UserError("--share", expected="--treat beside it", got="none", remedy="say what becomes of the filters")
 
     def fitted(_path: Path, progress: Any) -> Any:

@@ -226,8 +226,9 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         (("--classes", "5"), "data.classes: expected two or more different names"),
         (("--classes", "5,6,5"), "data.classes: expected two or more different names"),
         (("--classes", "5,six"), "data.classes: expected names of these images' classes (0, 1, 2"),
-        (("--images-per-class", 0.5), "key data.train_per_class"),
-        (("--images-per-class", -1), "data.train_per_class: expected a whole number of at least 0, got -1"),
+        (("--set", "data.train_per_class=0.5"), "key data.train_per_class"),
+        (("--set", "data.train_per_class=-1"), "data.train_per_class: expected a whole number of at least 0, got -1"),
+        (("--share", 0.3), "--share: expected --treat beside it, got none"),
         (("--images-per-class", 500), "the training images of class "),
         (("--images-per-class", 3), "training images: expected at least one batch of 20, got 15"),
         (("--set", "data.train_per_class=0", "--set", "data.train_limit=4"), "data.train_limit: expected at least one"),
@@ -246,8 +247,6 @@ def test_a_mistake_is_one_line_before_anything_is_made(
     arguments: tuple[object, ...],
     named: str,
 ) -> None:
-    if "--images-per-class" in arguments and isinstance(arguments[1], float):
-        arguments = ("--set", f"data.train_per_class={arguments[1]}")
     whole = (config, "--weights", source, "--from-classes", 5, *arguments)
     assert named in mistake(monkeypatch, capfd, tmp_path / "out", *whole)
 
