@@ -19,10 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/zeroout run --out runs/demo
 
-# The rooms without Ray by two processes; the rest one after the other, as each of it starts processes of its own.
+# What needs nothing but CPU, by two processes; the rest one after the other, as it starts processes of its own.
+PLAIN := tests/env tests/agents tests/learner tests/test_benchmark_pages.py tests/test_quantization.py $(addprefix tests/deploy/test_, \
+	agreement.py compare.py description.py export.py export_table.py formats.py latency.py limit.py prepare.py prune.py \
+	quantize.py recover.py replace.py report.py transfer.py)
 test: install
-	$(BIN)/python -m pytest -n 2 tests/env tests/agents tests/learner
-	$(BIN)/python -m pytest tests/actors tests/deploy tests/test_*.py
+	$(BIN)/python -m pytest -n 2 $(PLAIN)
+	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(PLAIN))
 
 check: install
 	$(BIN)/ruff format --check .

@@ -22,7 +22,7 @@ __all__ = ["find_broken"]
 
 #: Masked and compact may differ by this share of what the mask changes, or by so many roundings of the largest logit.
 _TOLERANCE, _ROUNDING = 1e-4, 100.0
-_TRIALS = 3  # of random masks
+_TRIALS = 6  # each of other weights, images and masks: behind a ReLU that happens to be silent nothing shows
 
 
 def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[int, str]:
@@ -38,26 +38,33 @@ def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[
 
     """
     with torch.random.fork_rng(devices=[example.device] if example.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(0)
-        model = _perturbed(model)
-        images = torch.randn(2, *example.shape[1:], device=example.device, dtype=torch.float64)
+        dtype = torch.float64
         try:
-            model(images)
+            _check_steady(*_trial(model, example, 0, dtype))
+        except UserError:
+            raise
         except Exception:  # a forward that insists on float32
-            model, images = model.float(), images.float()
-        _check_steady(model, images)
+            dtype = torch.float32
+            _check_steady(*_trial(model, example, 0, dtype))
         layers = range(len(plan.layers))
-        if _disagreement(plan, model, images, layers) is None:
+        if _disagreement(plan, model, example, dtype, layers) is None:
             return {}
         sound: list[int] = []
         broken: dict[int, str] = {}
         for layer in layers:
-            reason = _disagreement(plan, model, images, [*sound, layer])
+            reason = _disagreement(plan, model, example, dtype, [*sound, layer])
             if reason is None:
                 sound.append(layer)
             else:
                 broken[layer] = reason
     return broken
+
+
+def _trial(model: nn.Module, example: Tensor, number: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+    """The network with other weights, and random images [2, C, H, W]; `number` decides both, and what is drawn next."""
+    torch.manual_seed(number)
+    perturbed = _perturbed(model).to(dtype)
+    return perturbed, torch.randn(2, *example.shape[1:], device=example.device, dtype=torch.float64).to(dtype)
 
 
 def _check_steady(model: nn.Module, images: Tensor) -> None:
@@ -72,13 +79,16 @@ def _check_steady(model: nn.Module, images: Tensor) -> None:
     )
 
 
-def _disagreement(plan: "ChannelPlan", model: nn.Module, images: Tensor, layers: Sequence[int]) -> str | None:
+def _disagreement(
+    plan: "ChannelPlan", network: nn.Module, example: Tensor, dtype: torch.dtype, layers: Sequence[int]
+) -> str | None:
     """How masked and compact differ where random shares of these layers are taken out, or None.
 
     Each layer loses a share of its own: layers that must stay alike would not show otherwise.
     """
-    full = model(images)
-    for _ in range(_TRIALS):
+    for number in range(_TRIALS):
+        model, images = _trial(network, example, number, dtype)
+        full = model(images)
         keep_mask = torch.ones(plan.units, dtype=torch.bool)
         for layer in (plan.layers[index] for index in layers):
             going = torch.randperm(layer.units)[: int(torch.randint(1, max(layer.units, 2), ()))]

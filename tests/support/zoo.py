@@ -475,7 +475,8 @@ LEFT_OUT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
     "a branch for training alone": (TrainingBranch, "first", "in training mode the network does not run without"),
     "computed weight": (ComputedWeight, "first", "computes its weights from other parameters"),
     "tied weights": (Tied, "second", "second shares its weights with third"),
-    "channels exchanged": (lambda: Between(shuffled), "before", "not the same as silencing"),
+    # by how many are taken out in a trial, it does not run or answers otherwise: both say so
+    "channels exchanged": (lambda: Between(shuffled), "before", "its channels"),
     "channels halved": (
         lambda: Between(lambda maps, _: maps[:, :4].relu() * maps[:, 4:], reads=4),
         "before",
