@@ -186,8 +186,8 @@ def _result_table(result: dict[str, Any]) -> Table:
         Text("baseline"), "-", _percent(baseline.get("val_accuracy")), _percent(baseline.get("test_accuracy"))
     )
     if replacement := result.get("replacement"):
-        accuracies = [_percent(replacement.get(key)) for key in ("val_accuracy", "test_accuracy")]
-        table.add_row(Text(f"after replacement {replacement.get('how')}"), "-", *accuracies)
+        trained = _percent(replacement.get("val_accuracy")), _percent(replacement.get("test_accuracy"))
+        table.add_row(Text(f"after replacement {replacement.get('how')}"), "-", *trained)
     for point in result.get("points") or []:
         accuracies = _percent(point.get("val_accuracy")), _percent(point.get("test_accuracy"))
         table.add_row(Text(str(point.get("policy"))), _percent(point.get("compression")), *accuracies)
