@@ -7,7 +7,7 @@ controls at the same budget (mission.md). Nothing here is remembered by a proces
 import math
 from dataclasses import dataclass
 
-from agents.policies import ALLOCATIONS, HEURISTICS
+from agents.policies import ALLOCATIONS, HEURISTICS, SCORING
 from env.errors import UserError
 from env.seeds import derive_seed
 
@@ -20,8 +20,6 @@ CONTROLS = ("random", "taylor", "balanced", "gamma", "hrank", "fpgm", "l2", "cem
 METHODS = (
     "controller", "taylor", "balanced", "gamma", "uniform-l1", "hrank", "fpgm", "l2", "random", "cem", "untrained"
 )  # fmt: skip
-#: Methods that score filters, so that how much of each layer goes may be decided otherwise.
-_SCORING = ("taylor", "balanced", "gamma", "uniform-l1", "hrank", "fpgm", "l2")
 
 #: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.
 _TEACHERS = ("taylor", "gamma", "uniform-l1", "random-allocation")
@@ -79,10 +77,10 @@ class ScheduleConfig:
                 got=repr(list(self.teacher_rules)),
                 remedy="leave it out, or choose from these",
             )
-        if self.allocation and (self.allocation not in ALLOCATIONS or self.method not in _SCORING):
+        if self.allocation and (self.allocation not in ALLOCATIONS or self.method not in SCORING):
             raise UserError(
                 "search.allocation",
-                expected=f"{' | '.join(ALLOCATIONS)}, with search.method = {' | '.join(_SCORING)}",
+                expected=f"{' | '.join(ALLOCATIONS)}, with search.method = {' | '.join(SCORING)}",
                 got=f"{self.allocation!r} with {self.method}",
                 remedy="leave it out, or choose one of them",
             )
@@ -148,7 +146,7 @@ def order(config: ScheduleConfig, episode: int, *, seed: int) -> EpisodeOrder:
     policy_seed = derive_seed(seed, "policy", place)
     policy, epsilon, sigma = _who(config, group, place)
     # A rule without randomness would repeat itself exactly; fresh minibatches let it be chosen from many tries too.
-    repeats = group in _SCORING
+    repeats = group in SCORING
     return EpisodeOrder(
         episode=episode,
         group=group,

@@ -23,6 +23,7 @@ from env.importance import FEATURES
 __all__ = [
     "ALLOCATIONS",
     "HEURISTICS",
+    "SCORING",
     "Climber",
     "ControllerPolicy",
     "LayerOffsets",
@@ -189,8 +190,11 @@ _DRAWN: dict[str, Callable[[_Given], _Rank]] = {
     "taylor-offsets": lambda given: LayerOffsets(given.plan, given.normal(_OFFSET_SIGMA)).rank,
 }
 
+#: Policies that score filters, so that how much of each layer goes may be decided otherwise.
+SCORING = tuple(_SCORED)
+
 #: Policies that are not learned, by name.
-HEURISTICS = (*_SCORED, *_DRAWN)
+HEURISTICS = (*SCORING, *_DRAWN)
 
 
 class LayerOffsets:

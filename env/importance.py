@@ -111,22 +111,24 @@ def gamma(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
 
 def l1(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
     """Mean absolute weight of each unit's kernels (Li et al., ICLR 2017, per weight): float32 [F]."""
-    scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
-    for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight",)):
-        weight = network.get_parameter(name).detach().abs().float().cpu()
-        _add_per_unit(scores, weight, axis, owner)
-        _add_per_unit(seen, torch.full((len(owner),), weight.numel() / len(owner)), 0, owner)
-    return scores / seen.clamp(min=1)
+    return _mean_of_weights(network, plan, keep_mask, torch.abs)
 
 
 def l2(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
     """Root of the mean squared weight of each unit's kernels (He et al., IJCAI 2018, per weight): float32 [F]."""
+    return _mean_of_weights(network, plan, keep_mask, torch.square).sqrt()
+
+
+def _mean_of_weights(
+    network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, size: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The mean of `size` over the weights of each unit's kernels: float32 [F]."""
     scores, seen = torch.zeros(plan.units), torch.zeros(plan.units)
     for name, axis, owner in _outputs(network, plan, keep_mask, PRODUCERS, ("weight",)):
-        weight = network.get_parameter(name).detach().square().float().cpu()
+        weight = size(network.get_parameter(name).detach()).float().cpu()
         _add_per_unit(scores, weight, axis, owner)
         _add_per_unit(seen, torch.full((len(owner),), weight.numel() / len(owner)), 0, owner)
-    return (scores / seen.clamp(min=1)).sqrt()
+    return scores / seen.clamp(min=1)
 
 
 def fpgm(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
