@@ -1,54 +1,112 @@
 """Campaigns as benchmarks run them: resumable, in folders told apart by their content.
 
-`python -m benchmarks.campaigns CONFIG.toml --out DIR` is `zeroout run` without export and report.
+`python -m benchmarks.campaigns CONFIG.toml --out DIR` is `zeroout run` without export and report, and with
+`--baseline` the training of the baseline alone.
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from deploy.campaign import run_campaign
+from deploy.campaign import interruptible, run_campaign
 from deploy.config import CampaignConfig, dump, load
-from deploy.folder import write_atomic
+from deploy.folder import CampaignFolder, write_atomic
+from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
 from env.errors import ZerooutError
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".search"
+_INTERRUPTED = 130
+_TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 
 
-def campaign(config: CampaignConfig, out: Path, overrides: Sequence[str], what: str, *, deliver: bool = True) -> bool:
+def campaign(
+    config: CampaignConfig,
+    out: Path,
+    overrides: Sequence[str],
+    what: str,
+    *,
+    deliver: bool = True,
+    deadline_s: float = math.inf,
+) -> bool:
     """`zeroout run`, which goes on where it was stopped; whether it has finished.
 
-    `what` is for the message; without `deliver` nothing is exported or reported.
+    `what` is for the message; without `deliver` nothing is exported or reported. At `deadline_s`, in seconds since the
+    epoch, it is told to save and end.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     path = beside(out, ".toml")
     write_atomic(path, dump(config))
     sets = [word for override in overrides for word in ("--set", override)]
     command = ["-m", "deploy.cli", "run"] if deliver else ["-m", "benchmarks.campaigns"]
-    process([*command, str(path), "--out", str(out), *sets], out, what)
+    process([*command, str(path), "--out", str(out), *sets], out, what, deadline_s)
     return (out / "result.json").is_file()
 
 
-def process(command: Sequence[str], out: Path, what: str) -> None:
+def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -> Path | None:
+    """The weights of the network that `config` trains before it prunes; None where time was over before they were.
+
+    All campaigns share them that have the same network, images, seed and training, of whatever benchmark.
+    """
+    only = CampaignConfig(
+        seed=config.seed, network=replace(config.network, weights=""), data=config.data, baseline=config.baseline
+    )
+    name = f"{config.network.name}-{config.network.width:g}-{config.seed}"
+    out = work / f"baseline-{name}-{fingerprint(wherever(only))}"
+    weights = out / "baseline" / "model.safetensors"
+    if not weights.is_file() and time.time() < deadline_s:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        path = beside(out, ".toml")
+        write_atomic(path, dump(only))
+        command = ["-m", "benchmarks.campaigns", str(path), "--out", str(out), "--baseline"]
+        process(command, out, f"baseline of {name}", deadline_s)
+    return weights.resolve() if weights.is_file() else None
+
+
+def process(command: Sequence[str], out: Path, what: str, deadline_s: float = math.inf) -> None:
     """Run Python with one thread of torch; what it prints stands beside its folder."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    since, before = time.perf_counter(), seconds_of(out)
     with beside(out, ".log").open("ab") as log:
-        done = subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log, check=False
-        )
-    if done.returncode:
-        print(f"{what}: ended with {done.returncode}; see {beside(out, '.log')}", flush=True)
+        child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
+        code = _ended(child, deadline_s)
+    write_atomic(beside(out, ".seconds"), f"{before + time.perf_counter() - since:.1f}")
+    if code == _INTERRUPTED:
+        print(f"{what}: stopped, as time is over; the same command goes on with it", flush=True)
+    elif code:
+        print(f"{what}: ended with {code}; see {beside(out, '.log')}", flush=True)
+
+
+def seconds_of(out: Path) -> float:
+    """How long the processes of a campaign have run, over all calls."""
+    kept = beside(out, ".seconds")
+    return float(kept.read_text()) if kept.is_file() else 0.0
+
+
+def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> int:
+    """The exit code of a process, which is ended at the deadline."""
+    try:
+        return child.wait(None if deadline_s == math.inf else max(0.0, deadline_s - time.time()))
+    except subprocess.TimeoutExpired:
+        child.terminate()
+    try:
+        child.wait(_TO_SAVE_S)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.wait()
+    return _INTERRUPTED
 
 
 def beside(out: Path, suffix: str) -> Path:
@@ -79,6 +137,22 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def wherever(config: CampaignConfig) -> CampaignConfig:
+    """The same without the paths of its images and weights, for fingerprints."""
+    return replace(
+        config,
+        data=replace(config.data, path="as given" if config.data.path else "", cache=""),
+        network=replace(config.network, weights=""),
+        controller=replace(config.controller, weights=""),
+    )
+
+
+def images_of(record: Mapping[str, Any], config: CampaignConfig) -> int:
+    """Training images that a recorded episode was retrained with, each as often as it was seen."""
+    steps, reached, episode = int(record["steps"]), len(record["targets"]), config.episode
+    return episode.batch_size * (steps * episode.step_minibatches + reached * episode.recovery_minibatches)
+
+
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
@@ -87,15 +161,22 @@ def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one campaign's stages up to result.json."""
+    """Run one campaign's stages up to result.json, or the first alone."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.campaigns", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--baseline", action="store_true", help="end when it is there")
     given = parser.parse_args()
     try:
-        progress = PlainProgress(Console())
-        run_campaign(given.out, load(given.config, given.set), redis_url="", progress=progress, deliver=False)
+        config, progress = load(given.config, given.set), PlainProgress(Console())
+        with interruptible():
+            if given.baseline:
+                prepare(CampaignFolder.create(given.out, dump(config)), config, preflight(config), progress)
+            else:
+                run_campaign(given.out, config, redis_url="", progress=progress, deliver=False)
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
     except ZerooutError as error:
         sys.exit(f"zeroout: {error}")
 

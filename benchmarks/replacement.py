@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
-from benchmarks.campaigns import WORK, campaign, commit, fingerprint
+from benchmarks.campaigns import WORK, baseline, campaign, commit, fingerprint, wherever
+from benchmarks.ledger import Ledger, Row
 from benchmarks.paired import Difference, difference, spread
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
@@ -105,10 +104,9 @@ rank_images = 100
 [recovery]
 epochs = 2
 """
-Row = dict[str, Any]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bench:
     """The arms of one network."""
 
@@ -116,21 +114,10 @@ class Bench:
     width: float
     data: str
     targets: tuple[float, ...]
-    results: Path
+    ledger: Ledger  # rows of all networks
     work: Path
     deadline_s: float
     extra: Sequence[str] = ()
-    rows: list[Row] = field(default_factory=list)
-    lock: Lock = field(default_factory=Lock)
-
-    def __post_init__(self) -> None:
-        if self.file.is_file():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
-
-    @property
-    def file(self) -> Path:
-        """Where the rows lie, of all networks."""
-        return self.results / "replacement.jsonl"
 
     def config(self, seed: int, arm: str, weights: Path | None) -> CampaignConfig:
         """The campaign of one arm; of the baseline where no weights are given."""
@@ -148,40 +135,19 @@ class Bench:
 
     def run(self, seeds: Sequence[int], arms: Sequence[str], jobs: int) -> None:
         """Make what is missing, `jobs` campaigns at a time; the baselines first."""
-        wanted = [(seed, arm) for seed in seeds for arm in arms if self.row(seed, arm) is None]
+        wanted = [(seed, arm) for seed in seeds for arm in arms if self.ledger.row(self.mark(seed, arm)) is None]
         needed = sorted({seed for seed, _ in wanted})
         with ThreadPoolExecutor(jobs) as pool:
             weights = dict(zip(needed, pool.map(self.baseline, needed), strict=True))
             list(pool.map(lambda one: self.make(*one, weights[one[0]]), wanted))
 
-    def row(self, seed: int, arm: str) -> Row | None:
-        """The row of this very configuration."""
-        mark = self.mark(seed, arm)
-        return next((row for row in self.rows if row["fingerprint"] == mark), None)
-
     def mark(self, seed: int, arm: str) -> str:
         """What tells an arm's configuration apart, wherever its images lie."""
-        overrides = ['data.path="as given"'] if self.data != "digits" else []
-        config = Bench.config(self.moved(overrides), seed, arm, None)
-        return fingerprint(config, without=["cluster"])
-
-    def moved(self, overrides: Sequence[str]) -> "Bench":
-        """The same with more overrides."""
-        return Bench(
-            self.network, self.width, self.data, self.targets, self.work / "nowhere", self.work, 0.0,
-            extra=[*self.extra, *overrides],
-        )  # fmt: skip
+        return fingerprint(wherever(self.config(seed, arm, None)), without=["cluster"])
 
     def baseline(self, seed: int) -> Path | None:
         """The weights that the arms of a seed start from; None where time is over."""
-        out = self.work / f"replacement-{self.network}-{self.width:g}-{seed}-{self.mark(seed, '')}"
-        weights = out / "baseline" / "model.safetensors"
-        if not weights.is_file():
-            if time.time() > self.deadline_s:
-                return None
-            cheap = ['search.method="taylor"', "recovery.epochs=1"]  # its product here is the baseline
-            campaign(self.config(seed, "", None), out, cheap, f"baseline, seed {seed}", deliver=False)
-        return weights.resolve() if weights.is_file() else None
+        return baseline(self.config(seed, "", None), self.work, self.deadline_s)
 
     def make(self, seed: int, arm: str, weights: Path | None) -> None:
         """Run one arm and write its row."""
@@ -195,11 +161,7 @@ class Bench:
             "network": self.network, "width": self.width, "seed": seed, "arm": arm, "fingerprint": mark,
             "machine": cpu_name(), "commit": commit(), "wall_s": round(time.perf_counter() - since, 1),
         }  # fmt: skip
-        with self.lock:
-            self.rows.append(row)
-            self.results.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.ledger.add([row])
         found = ", ".join(f"{target:.0%} {test:.4f}" for target, test in zip(row["targets"], row["test"], strict=True))
         print(f"{self.network}, {NAMES[arm]}, seed {seed}: test {row['replaced_test']:.4f}, {found}", flush=True)
 
@@ -336,15 +298,14 @@ def main() -> None:
     if given.quick:
         given.networks, given.seeds, given.results, given.data = ["small"], [0, 1], given.work / "quick", "digits"
     data = given.data if given.data == "digits" else str(Path(given.data).resolve())
-    deadline_s, rows = time.time() + 60.0 * given.minutes, list[Row]()
+    deadline_s, ledger = time.time() + 60.0 * given.minutes, Ledger(given.results / "replacement.jsonl")
     for network in given.networks:
         bench = Bench(
-            network, given.width, data, tuple(given.targets), given.results, given.work, deadline_s, tuple(given.set)
+            network, given.width, data, tuple(given.targets), ledger, given.work, deadline_s, tuple(given.set)
         )
         bench.run(given.seeds, given.arms, given.jobs)
-        rows = bench.rows
-    if rows:
-        text = page(rows, " ".join(["python -m benchmarks.replacement", *sys.argv[1:]]))
+    if ledger.rows:
+        text = page(ledger.rows, " ".join(["python -m benchmarks.replacement", *sys.argv[1:]]))
         (given.results / "replacement.md").write_text(text)
         print(text)
 

@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from benchmarks.campaigns import WORK, beside, campaign, commit, fingerprint, process
+from benchmarks.campaigns import WORK, baseline, beside, campaign, commit, fingerprint, images_of, process, wherever
+from benchmarks.ledger import Ledger, Row
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, dump, parse
@@ -96,9 +96,23 @@ class Cell:
         return parse(text, overrides, name="benchmarks.search")
 
 
+#: How the Controller explores and learns where a campaign has few episodes (trials 10 to 14 of the search log).
+LEARNING = """\
+[sequence]
+unroll_length = 8
+[replay]
+replay_ratio = 200.0
+[learner]
+learning_rate = 0.003
+adam_epsilon = 0.00001
+discount = 1.0
+[search]
+teacher_share = 0.0
+epsilon_base = 0.0
+sigma = 0.8"""
 #: One episode costs about half a minute on one core, most of it the recovery: a shorter one does not see what a full
 #: one will say (trials 7 and 9 of the search log), so that few episodes with a long one tell more.
-FULL = """
+FULL = f"""
 [data]
 source = "folder"
 validation_share = 0.05
@@ -115,18 +129,7 @@ score_images = 128
 [recovery]
 epochs = 15
 learning_rate = 0.05
-[search]
-teacher_share = 0.0
-epsilon_base = 0.0
-sigma = 0.8
-[sequence]
-unroll_length = 8
-[replay]
-replay_ratio = 200.0
-[learner]
-learning_rate = 0.003
-adam_epsilon = 0.00001
-discount = 1.0
+{LEARNING}
 [cluster]
 dashboard = false
 """
@@ -152,28 +155,17 @@ class Bench:
     """One cell: its jobs, and the rows that are there."""
 
     cell: Cell
-    results: Path
+    ledger: Ledger
     work: Path
     deadline_s: float
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def file(self) -> Path:
-        """Where the rows lie."""
-        return self.results / f"{self.cell.name}.jsonl"
-
-    def load(self) -> None:
-        """Read the rows that are there."""
-        if self.file.is_file():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
 
     def run(self, seeds: list[int], methods: list[str], jobs: int) -> None:
         """Make what is missing, seed by seed; the Controller's campaign has the machine for itself."""
         for seed in seeds:
             missing = [method for method in methods if self.row(seed, method) is None]
-            if not missing or time.time() > self.deadline_s:
+            weights = self.baseline(seed) if missing else None
+            if weights is None:
                 continue
-            weights = self.baseline(seed)
             alone = [method for method in missing if method not in LEARNERS]
             with ThreadPoolExecutor(jobs) as pool:
                 list(pool.map(lambda method, s=seed, w=weights: self.make(s, method, w), alone))
@@ -185,7 +177,10 @@ class Bench:
         """Campaigns of the Controller, one after the other, each beginning with what the one before has learned."""
         learned = ""
         for seed in seeds:
-            config = self.cell.config(seed, "fresh", self.baseline(seed))
+            weights = self.baseline(seed)
+            if weights is None:
+                return
+            config = self.cell.config(seed, "fresh", weights)
             out = self.work / f"{self.cell.name}-{seed}-teach"
             sets = [*TEACHING, *([f"controller.weights={json.dumps(learned)}"] if learned else [])]
             if not campaign(config, out, sets, f"teaching, seed {seed}"):
@@ -196,34 +191,22 @@ class Bench:
         TAUGHT.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(TAUGHT, Path(learned).read_bytes())
 
-    def row(self, seed: int, method: str) -> dict[str, Any] | None:
+    def row(self, seed: int, method: str) -> Row | None:
         """The row of this very configuration."""
-        print_of = self.fingerprint(seed, method)
-        found = [r for r in self.rows if (r["seed"], r["method"], r["fingerprint"]) == (seed, method, print_of)]
-        return found[-1] if found else None
+        return self.ledger.row(self.fingerprint(seed, method), seed=seed, method=method)
 
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
         taught = {"taught": hashlib.sha256(TAUGHT.read_bytes()).hexdigest()} if config.controller.weights else {}
-        config = replace(
-            config,
-            data=replace(config.data, path="as given") if config.data.path else config.data,
-            controller=replace(config.controller, weights=""),
-            search=replace(config.search, snapshot_period=0),  # an episode is the same with and without
-        )
+        # an episode is the same with snapshots and without
+        config = replace(wherever(config), search=replace(config.search, snapshot_period=0))
         ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])
         return fingerprint(config, without=ignored, beyond=taught)
 
-    def baseline(self, seed: int) -> Path:
-        """The weights that all methods of a seed start from."""
-        out = self.work / f"{self.cell.network}-{self.cell.width:g}-{seed}"
-        weights = out / "baseline" / "model.safetensors"
-        if not (out / "result.json").is_file():
-            config = self.cell.config(seed, "taylor", None)
-            # the cheapest whole campaign there is: its product here is the baseline
-            campaign(config, out, ["search.episodes=1", "recovery.epochs=1"], f"baseline, seed {seed}")
-        return weights.resolve()
+    def baseline(self, seed: int) -> Path | None:
+        """The weights that all methods of a seed start from; None where time is over."""
+        return baseline(self.cell.config(seed, "taylor", None), self.work, self.deadline_s)
 
     def make(self, seed: int, method: str, weights: Path) -> None:
         """Run one method and write its row."""
@@ -249,22 +232,20 @@ class Bench:
             "commit": commit(),
             "wall_s": round(time.perf_counter() - since, 1),
         }
-        self.rows.append(row)
-        self.results.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self.ledger.add([row])
         print(f"{method}, seed {seed}: test {row['test']:.4f}, validation {row['validation']:.4f}", flush=True)
 
 
-def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:
+def row_of(out: Path, config: CampaignConfig, method: str) -> Row:
     """What a finished campaign, or peer, has shown."""
     result = read_json(out / "result.json")
+    point, episodes = result["points"][-1], []
     if method in PEERS:
-        point, episodes, images = result, [], result["images"]
+        images = result["images"]
     else:
         episodes = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
-        point, images = result["points"][-1], sum(images_of(record, config) for record in episodes)
-    baseline = read_json(out / "baseline" / "baseline.json")
+        images = sum(images_of(record, config) for record in episodes)
+    before = read_json(out / "baseline" / "baseline.json")
     return {
         "method": method,
         "policy": point["policy"],
@@ -272,7 +253,7 @@ def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:
         "macs": point["macs"],
         "validation": point["val_accuracy"],
         "test": point["test_accuracy"],
-        "baseline_validation": baseline["validation"]["accuracy"],
+        "baseline_validation": before["validation"]["accuracy"],
         "images": images,
         "seconds": round(sum(record["seconds"] for record in episodes), 1),
         "episodes": [
@@ -280,13 +261,6 @@ def row_of(out: Path, config: CampaignConfig, method: str) -> dict[str, Any]:
             for record in sorted(episodes, key=lambda record: int(record["id"]))
         ],
     }
-
-
-def images_of(record: dict[str, Any], config: CampaignConfig) -> int:
-    """Training images that an episode was retrained with."""
-    episode = config.episode
-    steps = int(record["steps"]) * episode.step_minibatches
-    return (steps + len(record["targets"]) * episode.recovery_minibatches) * episode.batch_size
 
 
 def cells(given: argparse.Namespace) -> Iterator[Cell]:
@@ -325,11 +299,11 @@ def main() -> None:
         given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
     for cell in cells(given):
-        bench = Bench(cell, given.results, given.work, time.time() + 60.0 * given.minutes)
+        ledger = Ledger(given.results / f"{cell.name}.jsonl")
+        bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
         if given.teach:
             bench.teach(given.seeds)
             continue
-        bench.load()
         bench.run(given.seeds, given.methods, given.jobs)
         rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]
         if rows:

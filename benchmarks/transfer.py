@@ -10,12 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any
 
-from benchmarks.campaigns import WORK, campaign, commit, fingerprint
+from benchmarks.campaigns import WORK, campaign, commit, fingerprint, wherever
+from benchmarks.ledger import Ledger, Row
 from benchmarks.step import cpu_name
 from benchmarks.transfer_page import page
 from deploy.config import CampaignConfig, parse
@@ -149,16 +148,9 @@ class Bench:
 
     setting: Setting
     data: str  # a folder of images, or digits
-    file: Path
+    ledger: Ledger
     work: Path
     deadline_s: float
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    lock: Lock = field(default_factory=Lock)
-
-    def load(self) -> None:
-        """Read the rows that are there."""
-        if self.file.is_file():
-            self.rows = [json.loads(line) for line in self.file.read_text().splitlines()]
 
     def run(self, jobs: Sequence[Job], at_once: int) -> None:
         """Make what is missing, so many runs at once: source networks first, then seed by seed."""
@@ -215,13 +207,11 @@ class Bench:
         """Of what a run's result depends on: not where things lie."""
         config = self.config(job)
         beyond = {} if job.arm == SCRATCH else {"source": _print_of(self.source_config(job.seed))}
-        return _print_of(replace(config, network=replace(config.network, weights="")), beyond)
+        return _print_of(config, beyond)
 
-    def row(self, job: Job) -> dict[str, Any] | None:
+    def row(self, job: Job) -> Row | None:
         """The row of this very run."""
-        wanted = (job.seed, job.images, job.arm, self.fingerprint(job))
-        found = [r for r in self.rows if (r["seed"], r["images"], r["arm"], r["fingerprint"]) == wanted]
-        return found[-1] if found else None
+        return self.ledger.row(self.fingerprint(job))
 
     def make(self, job: Job) -> None:
         """Run one campaign and write its row."""
@@ -239,15 +229,11 @@ class Bench:
             "commit": commit(),
             "wall_s": round(time.perf_counter() - since, 1),
         }
-        with self.lock:
-            self.rows.append(row)
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+        self.ledger.add([row])
         print(f"{what}: test {row['test']:.4f}, compressed {row['test_compressed']:.4f}", flush=True)
 
 
-def row_of(out: Path, job: Job, config: CampaignConfig) -> dict[str, Any]:
+def row_of(out: Path, job: Job, config: CampaignConfig) -> Row:
     """What a finished campaign has shown."""
     result, known = read_json(out / "result.json"), read_json(out / "versions.json")
     point, images = result["points"][-1], job.images * len(config.data.chosen)
@@ -266,8 +252,7 @@ def row_of(out: Path, job: Job, config: CampaignConfig) -> dict[str, Any]:
 
 
 def _print_of(config: CampaignConfig, beyond: dict[str, str] | None = None) -> str:
-    data = replace(config.data, path="as given") if config.data.path else config.data
-    return fingerprint(replace(config, data=data), without=["cluster"], beyond=beyond)
+    return fingerprint(wherever(config), without=["cluster"], beyond=beyond)
 
 
 def jobs_of(given: argparse.Namespace) -> Iterator[Job]:
@@ -302,9 +287,8 @@ def main() -> None:
         data, setting, given.results, given.work = "digits", QUICK, given.work / "quick", given.work / "quick"
         given.seeds, given.images, given.arms = [0], [10], ["none", "1", SCRATCH]
     deadline_s = time.time() + 60.0 * given.minutes
-    bench = Bench(setting, data, given.results / "transfer.jsonl", given.work, deadline_s)
+    bench = Bench(setting, data, Ledger(given.results / "transfer.jsonl"), given.work, deadline_s)
     jobs = list(jobs_of(given))
-    bench.load()
     bench.run(jobs, given.jobs)
     rows = [row for job in jobs if (row := bench.row(job)) is not None]
     if rows:

@@ -1,8 +1,11 @@
 """A campaign: prepare, search, recover, export, report. Resume is running the same stages again."""
 
 import contextlib
+import signal
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from deploy.config import CampaignConfig, dump, parse
@@ -20,7 +23,7 @@ from deploy.search import search
 from env.data import Dataset
 from learner.replay.connection import check_server, connect
 
-__all__ = ["run_campaign"]
+__all__ = ["interruptible", "run_campaign"]
 
 
 def run_campaign(
@@ -51,6 +54,20 @@ def run_campaign(
         if deliver:
             _deliver(folder, dataset, result, progress)
         return result
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM ends a campaign as Ctrl+C does."""
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _run(

@@ -7,12 +7,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -560,14 +558,14 @@ def _storage() -> Any:
 
 def _campaign(out: str, config: Callable[[Path, Any], Any], redis_url: str, *, refill_replay: bool = False) -> None:
     """Run or resume the campaign of --out; `config` is asked for it when its folder is there."""
-    from deploy.campaign import run_campaign
+    from deploy.campaign import interruptible, run_campaign
     from deploy.progress import make_progress
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     progress = make_progress(console)
     try:
         place = _storage().kept(out) if "://" in out else contextlib.nullcontext(Path(out))
-        with _interruptible(), place as path:
+        with interruptible(), place as path:
             result = run_campaign(
                 path, config(path, progress), redis_url=redis_url, progress=progress, refill_replay=refill_replay
             )
@@ -584,20 +582,6 @@ def _how_to_go_on(out: str, redis_url: str) -> str:
         return "interrupted before anything was begun"
     same = " with the same --redis" if redis_url else ""
     return f"interrupted; everything is saved. To go on: zeroout resume {out}{same}"
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a campaign as Ctrl+C does."""
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _print_result(console: Console, folder: CampaignFolder, result: dict[str, Any]) -> None:

@@ -130,11 +130,7 @@ class Recovery:
         records = self.folder.read_episodes()
         compared = [self.point(self._model(facts["group"], facts["target"])) for facts in self.facts()]
         result = {
-            "baseline": {
-                "val_accuracy": self.baseline.validation.accuracy,
-                "test_accuracy": self._judge(self.baseline.network.to(default_device()), self.dataset.test).accuracy,
-                **self.baseline.given,
-            },
+            "baseline": self.as_given(),
             **self._transfer(),
             **self._replacement(),
             "measure": self.baseline.measure.name,
@@ -147,6 +143,12 @@ class Recovery:
         self._compare_with_importances(result["points"], records)
         write_json(self.folder.result_json, result)
         return result
+
+    def as_given(self) -> dict[str, Any]:
+        """The baseline's row of result.json; opens the test split."""
+        test = self._judge(self.baseline.network.to(default_device()), self.dataset.test)
+        accuracies = {"val_accuracy": self.baseline.validation.accuracy, "test_accuracy": test.accuracy}
+        return {**accuracies, **self.baseline.given}
 
     def _compare_with_importances(self, points: list[dict[str, Any]], records: Sequence[Mapping[str, Any]]) -> None:
         """Add to each point how far the importances agree with what was kept, where its mask is known.

@@ -2,7 +2,9 @@
 
 import json
 import math
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import transfer, transfer_page
-from benchmarks.campaigns import fingerprint
+from benchmarks import tables, tables_page, transfer, transfer_page
+from benchmarks.campaigns import fingerprint, process, seconds_of
+from benchmarks.ledger import Ledger
 from benchmarks.paired import difference, spread
 from benchmarks.replacement import ARMS, page
 from benchmarks.transfer import FULL, Bench, Job
@@ -82,6 +85,100 @@ def test_a_fingerprint_is_of_what_was_changed_alone() -> None:
     assert fingerprint(parse(""), beyond={"taught": "x"}) != plain
 
 
+def test_rows_are_kept_as_they_come_and_the_last_of_a_fingerprint_counts(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "rows.jsonl"
+    ledger = Ledger(file)
+    assert ledger.row("a") is None
+    ledger.add([{"fingerprint": "a", "seed": 0, "test": 0.1}, {"fingerprint": "a", "seed": 1, "test": 0.2}])
+    ledger.add([{"fingerprint": "a", "seed": 0, "test": 0.3}])
+    again = Ledger(file)
+    assert again.rows == ledger.rows
+    assert again.row("a", seed=0) == {"fingerprint": "a", "seed": 0, "test": 0.3}
+    assert again.row("b") is None
+
+
+def test_a_line_that_a_killed_process_left_is_cut_off(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    Ledger(file).add([{"fingerprint": "a"}])
+    with file.open("a") as torn:
+        torn.write('{"fingerprint": "b", "te')
+    ledger = Ledger(file)
+    assert [row["fingerprint"] for row in ledger.rows] == ["a"]
+    ledger.add([{"fingerprint": "c"}])
+    assert [json.loads(line)["fingerprint"] for line in file.read_text().splitlines()] == ["a", "c"]
+
+
+def test_a_process_is_ended_when_time_is_over_and_its_seconds_add_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run-0.5"
+    process(["-c", "import time; print('begun'); time.sleep(0.3)"], out, "first", math.inf)
+    first = seconds_of(out)
+    assert first > 0
+    process(["-c", "import time; time.sleep(600)"], out, "second", time.time() + 0.5)
+    assert 0.5 <= seconds_of(out) - first < 60
+    process(["-c", "raise SystemExit(3)"], out, "third", math.inf)
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "second: stopped, as time is over; the same command goes on with it"
+    assert said[1].startswith("third: ended with 3; see ")
+    assert (tmp_path / "run-0.5.log").read_text() == "begun\n"
+
+
+def cell(arm: str, seed: int, target: float, test: float, **changes: Any) -> dict[str, Any]:
+    """A row of benchmarks.tables."""
+    return {
+        "network": "vgg16", "width": 1.0, "data": "CIFAR-10, JPEG copy", "seed": seed, "arm": arm, "epochs": [150, 50],
+        "asked": [0.92, 0.95], "target": target, "compression": target + 0.0004, "macs_removed": 0.613,
+        "validation": 0.91, "test": test, "baseline_validation": 0.94, "baseline_test": 0.93, "images": 1_234_567,
+        "wall_s": 90.0, "device": "a card", "torch": "2.13", **changes,
+    }  # fmt: skip
+
+
+def test_the_page_of_tables_sets_every_arm_beside_the_controller_and_the_published() -> None:
+    arms = {name: arm.about for name, arm in tables.ARMS.items()}
+    rows = [cell("controller", seed, 0.92, 0.92 + 0.001 * seed) for seed in range(3)]
+    rows += [cell("taylor", seed, 0.92, 0.91 + 0.002 * seed) for seed in range(3)]
+    rows.insert(0, cell("taylor", 0, 0.92, 0.5))  # an older row of the same network
+    said = tables_page.page([*rows, cell("gamma", 0, 0.92, 0.8, width=0.25)], arms, "command")
+    assert "| Controller | 3 | 92.10 (0.10) | -0.90 (0.10) |  | 92.04 | 61.3 | 91.00 | 1,235 | 1.5 |" in said
+    # differences 1.0, 0.9, 0.8: mean 0.9, standard error 0.058, t = 15.6 with 2 degrees of freedom
+    assert "| Taylor repeated | 3 | 91.20 (0.20) | -1.80 (0.20) | +0.90 (3 of 3, p 0.004) |" in said
+    assert "| vgg16 | 92.00% | the source (2022) | 92.45 | -1.07 | 92.10 (0.10) | -0.90 (0.10) | 3 |" in said
+    assert "| vgg16 | 97.52% | the source (2022) | 91.32 | -2.20 |  |  | 0 |" in said  # visibly empty
+    assert said.index("## vgg16, width 1:") < said.index("## vgg16, width 0.25:")
+    of_last = said[said.index("### 95 % of the parameters removed") :]
+    assert "| random search |  |  |  |" in of_last
+    assert "CLR-RNF at 94.95% 93.32, +0.30 points." in of_last
+
+
+def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
+    def bench(network: str, data: str = "images") -> tables.Bench:
+        return tables.Bench(
+            protocol=tables.CPU, network=network, width=0.25, data=data, targets=(0.9, 0.95),
+            ledger=Ledger(tmp_path / "rows.jsonl"), work=tmp_path, deadline_s=math.inf,
+        )  # fmt: skip
+
+    ours = bench("resnet18")
+    marks = [ours.mark(config, arm) for arm in tables.ARMS for config in ours.configs(3, arm, None)]
+    peers = [arm for arm in tables.ARMS.values() if arm.peer]
+    assert len(set(marks)) == len(marks) == len(tables.ARMS) + len(peers)  # a peer has a run for each target
+    elsewhere = bench("resnet18", "other-place")
+    (one,), (other,) = (list(each.configs(3, "taylor", Path("weights"))) for each in (ours, elsewhere))
+    assert ours.mark(one, "taylor") == elsewhere.mark(other, "taylor")
+    (source,) = ours.configs(3, "source", None)
+    assert (source.network.skips, source.controller.observation) == ("convolution", "mask")
+    (source,) = bench("vgg16").configs(3, "source", None)
+    assert source.network.skips == "coupled"  # it has no skips
+    (controller,), (distilled,) = (list(ours.configs(3, arm, None)) for arm in ("controller", "distilled"))
+    assert distilled.recovery.distillation == 0.5
+    assert replace(distilled, recovery=controller.recovery) == controller
+    assert ours.missing(3, "controller")
+    ours.ledger.add([{"fingerprint": ours.mark(controller, "controller"), "target": 0.9}])
+    assert ours.missing(3, "controller")
+    ours.ledger.add([{"fingerprint": ours.mark(controller, "controller"), "target": 0.95}])
+    assert not ours.missing(3, "controller")
+
+
 def moved(arm: str, seed: int, test: float, compressed: float, images: int = 10) -> dict[str, Any]:
     """A row of benchmarks.transfer."""
     return {
@@ -113,7 +210,7 @@ def test_the_page_of_transfer_says_when_nothing_can_be_told() -> None:
 
 
 def test_all_arms_of_transfer_have_as_many_updates_whatever_the_images(tmp_path: Path) -> None:
-    bench = Bench(FULL, "images", tmp_path / "rows.jsonl", tmp_path, math.inf)
+    bench = Bench(FULL, "images", Ledger(tmp_path / "rows.jsonl"), tmp_path, math.inf)
     for images in (10, 50, 250):
         for arm in ("none", "prune", "scratch"):
             config = bench.config(Job(seed=3, images=images, arm=arm))
@@ -126,7 +223,7 @@ def test_all_arms_of_transfer_have_as_many_updates_whatever_the_images(tmp_path:
             assert config.data.chosen == ("dog", "frog", "horse", "ship", "truck")
             assert (config.seed, config.data.split_seed, config.data.train_per_class) == (3, 3, images)
     assert bench.source_config(3).data.chosen == ("airplane", "automobile", "bird", "cat", "deer")
-    elsewhere = Bench(FULL, "elsewhere", tmp_path / "rows.jsonl", tmp_path / "work", math.inf)
+    elsewhere = Bench(FULL, "elsewhere", Ledger(tmp_path / "rows.jsonl"), tmp_path / "work", math.inf)
     assert elsewhere.fingerprint(Job(seed=3, images=10, arm="1")) == bench.fingerprint(Job(seed=3, images=10, arm="1"))
     marks = {
         bench.fingerprint(Job(seed=s, images=10, arm=arm)) for s in (3, 4) for arm in ("1", "2", "none", "scratch")
@@ -140,7 +237,7 @@ def test_transfer_as_the_real_command_makes_its_rows_once(
 ) -> None:
     ran: list[str] = []
 
-    def process(command: Sequence[str], out: Path, what: str) -> None:
+    def process(command: Sequence[str], out: Path, what: str, _deadline_s: float) -> None:
         """Stands for a process of its own, whose imports take longer than what is asked for here."""
         ran.append(what)
         with (tmp_path / "log").open("a") as log:

@@ -197,7 +197,8 @@ def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
         network, origin = METHODS[method](peer)
         recovery.recovered(network, model, {"group": method, "target": peer.target, "episode": 0, **origin})
     facts = read_json(model.with_suffix(".json"))
-    write_json(folder.result_json, {**facts, **recovery.point(model)})
+    point = {**facts, **recovery.point(model)}
+    write_json(folder.result_json, {"baseline": recovery.as_given(), "points": [point], "images": facts["images"]})
 
 
 def main() -> None:

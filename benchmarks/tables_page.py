@@ -1,0 +1,191 @@
+"""The page and the figures of benchmarks/tables.py: every arm at every size, beside what others have published."""
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paired import difference, spread
+from deploy.published import PUBLISHED, Published
+
+__all__ = ["page", "write_page"]
+
+Row = Mapping[str, Any]
+OURS = "controller"
+_NEAR = 0.006  # of two compressions that are compared
+_ALIKE = ("network", "width", "data", "epochs", "asked")  # what rows of one table share
+#: Okabe and Ito's colours, which colour-blind readers tell apart, twice: full and dashed lines.
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+_HEAD = """\
+Test accuracy in per cent, mean over seeds (standard deviation); the test split was opened once, after everything was
+decided on validation. Change: in points, from the same seed's network before it was pruned. Controller less this:
+paired by seed (seeds won, p of a paired t test, two-sided, each for itself). Removed: of the parameters, counted on the
+compact network; of the MACs beside it. Images: retrained on in the whole search, in thousands. Minutes: of the whole
+arm with all of its sizes. What is empty has not been measured."""
+
+
+def write_page(rows: Sequence[Row], arms: Mapping[str, str], folder: Path, command: str) -> str:
+    """Write tables.md and a picture of each table into `folder`; returns the page. `arms` are their names in words."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = page(rows, arms, command)
+    (folder / "tables.md").write_text(text)
+    for table in _tables(rows):
+        _draw(table, arms, folder / f"{_name(table)}.png")
+    return text
+
+
+def page(rows: Sequence[Row], arms: Mapping[str, str], command: str) -> str:
+    """The page. Of the same seed, arm and target the last row counts."""
+    lines = ["# Accuracy at each size", "", f"`{command}` (`--help` says what the arms are)", "", _HEAD, ""]
+    lines += ["## Full width, against the source and the field", "", *_against_others(rows), ""]
+    for table in _tables(rows):
+        lines += [*_heading(table), "", f"![accuracy against compression]({_name(table)}.png)", ""]
+        for target in sorted({row["target"] for row in table} | set(table[0]["asked"])):
+            lines += [f"### {100 * target:g} % of the parameters removed", ""]
+            lines += [*_of_target(table, arms, target), ""]
+    return "\n".join(lines)
+
+
+def _tables(rows: Sequence[Row]) -> list[list[Row]]:
+    """Rows that compare, largest networks first; of the same seed, arm and target the last."""
+    found: dict[tuple[str, ...], dict[tuple[int, str, float], Row]] = {}
+    for row in rows:
+        key = tuple(str(row.get(name)) for name in _ALIKE)
+        found.setdefault(key, {})[row["seed"], row["arm"], row["target"]] = row
+    tables = [list(table.values()) for table in found.values()]
+    return sorted(tables, key=lambda table: (-table[0]["width"], table[0]["network"] != "vgg16", table[0]["network"]))
+
+
+def _name(table: Sequence[Row]) -> str:
+    return f"tables-{table[0]['network']}-{table[0]['width']:g}"
+
+
+def _heading(table: Sequence[Row]) -> list[str]:
+    first, seeds = table[0], {row["seed"]: 100 * row["baseline_test"] for row in table}
+    training, recovery = first["epochs"]
+    devices = ", ".join(sorted({row["device"] for row in table}))
+    torch = ", ".join(sorted({row["torch"] for row in table}))
+    return [
+        f"## {first['network']}, width {first['width']:g}: {first['data']}",
+        "",
+        f"Before pruning {spread(seeds)} on test, {len(seeds)} seeds. {training} epochs of training, {recovery} of",
+        f"recovery. On {devices}; torch {torch}.",
+    ]
+
+
+def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> list[str]:
+    head = "| arm | n | test | change | Controller less this | removed | MACs removed | validation | images | minutes |"
+    ours = {row["seed"]: 100 * row["test"] for row in table if (row["arm"], row["target"]) == (OURS, target)}
+    lines = [head, f"|{'---|' * 10}"]
+    for arm, words in arms.items():
+        mine = [row for row in table if (row["arm"], row["target"]) == (arm, target)]
+        lines.append(f"| {words} | {' | '.join(_cells(mine, ours if arm != OURS else {}) if mine else [''] * 9)} |")
+    others = [known for known in _published(table[0]["network"]) if abs(known.compression - target) <= 0.015]
+    if others:
+        lines += ["", "Published, at full width on the official CIFAR-10: " + "; ".join(map(_told, others)) + "."]
+    return lines
+
+
+def _cells(mine: Sequence[Row], ours: Mapping[int, float]) -> list[str]:
+    test = {row["seed"]: 100 * row["test"] for row in mine}
+    change = {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in mine}
+    mean = _means(mine)
+    return [
+        str(len(mine)),
+        spread(test),
+        spread(change),
+        str(difference(ours, test) or ""),
+        f"{100 * mean('compression'):.2f}",
+        f"{100 * mean('macs_removed'):.1f}",
+        f"{100 * mean('validation'):.2f}",
+        f"{mean('images') / 1000:,.0f}",
+        f"{mean('wall_s') / 60:.1f}",
+    ]
+
+
+def _means(rows: Sequence[Row]) -> Callable[[str], float]:
+    return lambda key: statistics.fmean(row[key] for row in rows)
+
+
+def _published(network: str) -> Sequence[Published]:
+    return PUBLISHED.get((network, "parameters"), ())
+
+
+def _told(known: Published) -> str:
+    said = [] if known.accuracy is None else [f"{100 * known.accuracy:.2f}"]
+    said += [] if known.change is None else [f"{known.change:+.2f} points"]
+    note = f" ({known.note})" if known.note else ""
+    return f"{known.who} at {known.compression:.2%} {', '.join(said)}{note}"
+
+
+def _against_others(rows: Sequence[Row]) -> list[str]:
+    """What others have published, and the Controller at the same size of the same network."""
+    lines = ["| network | removed | who | test | change | ours: test | change | n |", f"|{'---|' * 8}"]
+    full = [row for table in _tables(rows) for row in table if row["width"] == 1.0 and row["arm"] == OURS]
+    for network in ("vgg16", "resnet18", "resnet34"):
+        for known in sorted(_published(network), key=lambda each: each.compression):
+            near = [row for row in full if row["network"] == network and _is_near(row["target"], known.compression)]
+            closest = min((abs(row["target"] - known.compression) for row in near), default=math.inf)
+            mine = [row for row in near if abs(row["target"] - known.compression) == closest]
+            test = {row["seed"]: 100 * row["test"] for row in mine}
+            change = {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in mine}
+            ours = [spread(test), spread(change), str(len(mine))] if mine else ["", "", "0"]
+            theirs = "" if known.accuracy is None else f"{100 * known.accuracy:.2f}"
+            moved = "" if known.change is None else f"{known.change:+.2f}"
+            who = f"{known.who}, {known.note}" if known.note else known.who
+            cells = [network, f"{known.compression:.2%}", who, theirs, moved, *ours]
+            lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", "Theirs on the official CIFAR-10, as they report it; ours on the JPEG copy."]
+
+
+def _is_near(one: float, other: float) -> bool:
+    return abs(one - other) <= _NEAR
+
+
+def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
+    """Test accuracy against what is removed: a line for each arm, bars of one standard deviation."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.0), layout="constrained")
+    axes = figure.subplots()
+    there = [arm for arm in arms if any(row["arm"] == arm for row in table)]
+    targets = sorted({row["target"] for row in table})
+    for place, arm in enumerate(arms):
+        if arm not in there:
+            continue
+        x, middle, deviation = [], [], []
+        for target in targets:
+            test = [100 * row["test"] for row in table if (row["arm"], row["target"]) == (arm, target)]
+            if test:
+                x.append(
+                    _odds(target) + 0.012 * (place - len(arms) / 2)
+                )  # side by side, so that bars can be told apart
+                middle.append(statistics.fmean(test))
+                deviation.append(statistics.stdev(test) if len(test) > 1 else 0.0)
+        axes.errorbar(
+            x, middle, yerr=deviation, label=arms[arm], color=_COLOURS[place % len(_COLOURS)],
+            linestyle="-" if place < len(_COLOURS) else "--", linewidth=2.2 if arm == OURS else 1.1,
+            marker="o", markersize=3.5, elinewidth=0.7, capsize=1.5,
+        )  # fmt: skip
+    known = [each for each in _published(table[0]["network"]) if each.accuracy is not None]
+    if known and table[0]["width"] == 1.0:
+        axes.plot(
+            [_odds(each.compression) for each in known], [100 * float(each.accuracy or 0) for each in known],
+            "k*", label="published (official CIFAR-10)",
+        )  # fmt: skip
+    given = statistics.fmean({row["seed"]: 100 * row["baseline_test"] for row in table}.values())
+    axes.axhline(given, color="#8A8A8A", linewidth=0.8, linestyle=":", label="before pruning")
+    axes.set_xticks([_odds(target) for target in targets], [f"{100 * target:g}" for target in targets])
+    axes.set(
+        xlabel="parameters removed, %", ylabel="test accuracy, %",
+        title=f"{table[0]['network']}, width {table[0]['width']:g}: {table[0]['data']}",
+    )  # fmt: skip
+    axes.legend(frameon=False, fontsize=8, ncols=2)
+    figure.savefig(path, dpi=110)
+
+
+def _odds(share: float) -> float:
+    """Where a share stands on the axis: each halving of what is left takes as much room."""
+    return -math.log2(1.0 - share)

@@ -1,0 +1,49 @@
+"""benchmarks.tables as the real command on digits: every kind of arm, and again without making anything twice."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KINDS = ("controller", "distilled", "torch-pruning", "hrank-1")  # what learns, shares a search, is a peer, is a rule
+
+
+def tables(work: Path, *arguments: str) -> str:
+    """Run the command; returns what it prints."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.tables", "--quick", "--work", str(work), *arguments],
+        cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def rows_in(work: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (work / "quick" / "tables.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_the_whole_command_on_digits(tmp_path: Path) -> None:
+    nothing = tables(tmp_path, "--arms", "torch-pruning", "--minutes", "0")
+    assert "digits" not in nothing  # no row, no table
+    first = tables(tmp_path, "--arms", *KINDS)
+    rows = rows_in(tmp_path)
+    assert sorted((row["arm"], row["target"]) for row in rows) == sorted((arm, t) for arm in KINDS for t in (0.5, 0.8))
+    by_arm = {(row["arm"], row["target"]): row for row in rows}
+    assert all(abs(row["compression"] - row["target"]) < 0.01 and 0.5 < row["test"] <= 1 for row in rows)
+    for target in (0.5, 0.8):  # the same networks, recovered in two ways
+        one, other = by_arm["controller", target], by_arm["distilled", target]
+        assert (one["compression"], one["macs_removed"]) == (other["compression"], other["macs_removed"])
+        assert one["fingerprint"] != other["fingerprint"]
+    assert len({row["baseline_test"] for row in rows}) == 1  # all from one network
+    assert "## small, width 1: digits" in first
+    assert (tmp_path / "quick" / "tables-small-1.png").read_bytes().startswith(b"\x89PNG")
+    again = tables(tmp_path, "--arms", *KINDS)
+    assert rows_in(tmp_path) == rows
+    assert "seed 0: test" in first
+    assert "seed 0: test" not in again
