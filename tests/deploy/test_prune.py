@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import zoo
+from command import zeroout
 from PIL import Image
 
-from deploy import cli
 from deploy.config import load, parse
 from deploy.folder import CampaignFolder
 from env.compact_file import network_from_file
@@ -32,15 +32,7 @@ batch_size = 64
 learning_rate = 0.05
 """
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture
@@ -48,14 +40,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
-
-
-def zeroout(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command in this process; its exit code."""
-    monkeypatch.setattr("sys.argv", ["zeroout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 @pytest.fixture

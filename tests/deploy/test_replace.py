@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+from command import zeroout
 
-from deploy import cli
 from deploy.config import load
 from env.compact_file import network_from_file
 from env.recognizer import Body, Recognizer
@@ -40,16 +40,13 @@ epochs = 1
 batch_size = 64
 """
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])  # it takes longest
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exporting takes longest."""
+    monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])
 
 
 @pytest.fixture
@@ -57,14 +54,6 @@ def config(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
     path.write_text(TINY)
     return path
-
-
-def zeroout(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command in this process; its exit code."""
-    monkeypatch.setattr("sys.argv", ["zeroout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def result_of(out: Path) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from command import zeroout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from deploy import cli
 from deploy.config import dump, load, parse
 from deploy.folder import CampaignFolder
 from deploy.latency import write_table
@@ -26,7 +25,7 @@ from env.networks import NetworkConfig, build_network
 from env.training import TrainConfig, train
 from env.transfer import HOWS
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 TINY = """
 [network]
@@ -55,14 +54,6 @@ SMALL = NetworkConfig(name="small", width=0.25)
 WIDTHS, WEAK = (8, 8, 16, 16, 24, 24), (2, 2, 4, 4, 7, 7)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a network that recognizes the digits 0 to 4."""
@@ -86,14 +77,6 @@ def config(tmp_path: Path) -> Path:
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exporting takes longest, and is not what most tests here are about."""
     monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])
-
-
-def zeroout(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command in this process; its exit code."""
-    monkeypatch.setattr("sys.argv", ["zeroout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
 
 
 def before_training(out: Path) -> dict[str, Tensor]:
