@@ -137,6 +137,11 @@ def fingerprint(
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def digest(path: Path) -> str:
+    """Of a file that a result depends on, for fingerprints."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def wherever(config: CampaignConfig) -> CampaignConfig:
     """The same without the paths of its images and weights, for fingerprints."""
     return replace(

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -13,7 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.campaigns import WORK, baseline, beside, campaign, commit, fingerprint, images_of, process, wherever
+from benchmarks.campaigns import (
+    WORK,
+    baseline,
+    beside,
+    campaign,
+    commit,
+    digest,
+    fingerprint,
+    images_of,
+    process,
+    wherever,
+)
 from benchmarks.ledger import Ledger, Row
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
@@ -133,8 +143,9 @@ learning_rate = 0.05
 [cluster]
 dashboard = false
 """
-#: What sets the campaigns that teach apart: nothing they deliver is used.
-TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")
+#: What sets the campaigns that teach apart: their rewards come after a whole recovery (trial 17), and nothing that they
+#: deliver is used.
+TEACHING = ("episode.recovery_minibatches=6000", "recovery.epochs=1", "cluster.lease_s=3600")
 QUICK = """
 [baseline]
 epochs = 5
@@ -175,21 +186,24 @@ class Bench:
 
     def teach(self, seeds: list[int]) -> None:
         """Campaigns of the Controller, one after the other, each beginning with what the one before has learned."""
-        learned = ""
+        cell, learned = replace(self.cell, extra=(*self.cell.extra, *TEACHING)), Path()
         for seed in seeds:
             weights = self.baseline(seed)
             if weights is None:
                 return
-            config = self.cell.config(seed, "fresh", weights)
-            out = self.work / f"{self.cell.name}-{seed}-teach"
-            sets = [*TEACHING, *([f"controller.weights={json.dumps(learned)}"] if learned else [])]
-            if not campaign(config, out, sets, f"teaching, seed {seed}"):
+            config, begun = cell.config(seed, "fresh", weights), ""
+            if learned.is_file():
+                begun = digest(learned)
+                config = replace(config, controller=replace(config.controller, weights=str(learned)))
+            mark = fingerprint(wherever(config), without=["cluster"], beyond={"begun": begun})
+            out = self.work / f"{cell.name}-{seed}-teach-{mark}"
+            if not campaign(config, out, [], f"teaching, seed {seed}", deliver=False, deadline_s=self.deadline_s):
                 return
-            learned = str((out / "controller.safetensors").resolve())
+            learned = (out / "controller.safetensors").resolve()
             returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
         TAUGHT.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(TAUGHT, Path(learned).read_bytes())
+        write_atomic(TAUGHT, learned.read_bytes())
 
     def row(self, seed: int, method: str) -> Row | None:
         """The row of this very configuration."""
@@ -198,7 +212,7 @@ class Bench:
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
-        taught = {"taught": hashlib.sha256(TAUGHT.read_bytes()).hexdigest()} if config.controller.weights else {}
+        taught = {"taught": digest(TAUGHT)} if config.controller.weights else {}
         # an episode is the same with snapshots and without
         config = replace(wherever(config), search=replace(config.search, snapshot_period=0))
         ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])

@@ -4,7 +4,6 @@
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ from benchmarks.campaigns import (
     beside,
     campaign,
     commit,
+    digest,
     fingerprint,
     images_of,
     process,
@@ -261,7 +261,7 @@ class Bench:
 
     def mark(self, config: CampaignConfig, arm: str) -> str:
         """What tells a campaign apart, wherever things lie."""
-        beyond = {"taught": _digest(TAUGHT)} if config.controller.weights else {}
+        beyond = {"taught": digest(TAUGHT)} if config.controller.weights else {}
         peer = {"peer": arm} if ARMS[arm].peer else {}
         return fingerprint(wherever(config), without=["cluster"], beyond={**beyond, **peer})
 
@@ -347,10 +347,6 @@ def networks_of(out: Path, config: CampaignConfig) -> list[Row]:
         }
         for point in result["points"]
     ]
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def device() -> str:
