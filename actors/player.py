@@ -65,6 +65,7 @@ __all__ = ["Brief", "Player", "Services", "fresh_controller"]
 _log = logging.getLogger("zeroout")
 
 _PATIENCE_S = 120.0  # a worker sits out a Redis that is away for so long, and loses nothing
+_RENEWALS = 3  # of a lease while it would last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,11 +171,12 @@ class Player:
         self._fresh = brief.fresh_controller(self.plan).eval()
         self._controller = copy.deepcopy(self._fresh)
         self._version = 0
+        self._renewed = 0.0  # when the lease was, on this process's clock
         self._give_back()
 
     def play(self) -> dict[str, Any] | None:
         """Claim and play one episode; returns its record, or None when there is nothing to play now."""
-        ledger = self.services.ledger
+        ledger, self._renewed = self.services.ledger, time.monotonic()
         if self._learner_is_behind():
             return None
         claimed = ledger.claim(self.name, self.brief.lease_s)
@@ -182,6 +184,7 @@ class Player:
             return None
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
         self.env = self._environment(importance_of(chosen.policy))
+        self._recognizer.on_minibatch = partial(self._retraining, claimed)
         fingerprint = self.brief.fingerprint(chosen)
         episode = self._taken_up(chosen, fingerprint) or self._begun(chosen, fingerprint)
         played = rollout(
@@ -324,9 +327,18 @@ class Player:
         policy = decider(chosen, self.plan, self.brief.measure.name, controller=network, offsets=offsets)
         return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, controller)
 
+    def _retraining(self, episode: int) -> None:
+        """Keep the lease in a retraining, which may last longer than it."""
+        if time.monotonic() - self._renewed > self.brief.lease_s / _RENEWALS:
+            self._renew(episode)
+
+    def _renew(self, episode: int) -> None:
+        self._renewed = time.monotonic()
+        self.services.ledger.renew(episode, self.name, self.brief.lease_s)
+
     def _on_step(self, episode: "_Episode", now: StepReport) -> None:
         number, ledger = episode.chosen.episode, self.services.ledger
-        ledger.renew(number, self.name, self.brief.lease_s)
+        self._renew(number)
         state = {"episode": number, "step": now.step, "compression": now.compression, "accuracy": now.accuracy}
         ledger.beat(self.name, json.dumps(state))
         self.metrics.add(PLAYER_STEPS)

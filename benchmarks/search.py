@@ -145,7 +145,7 @@ dashboard = false
 """
 #: What sets the campaigns that teach apart: their rewards come after a whole recovery (trial 17), and nothing that they
 #: deliver is used.
-TEACHING = ("episode.recovery_minibatches=6000", "recovery.epochs=1", "cluster.lease_s=3600")
+TEACHING = ("episode.recovery_minibatches=6000", "recovery.epochs=1")
 QUICK = """
 [baseline]
 epochs = 5

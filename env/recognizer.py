@@ -4,7 +4,7 @@ What is the same in every episode (the baseline, its plan, the images) stands in
 changes stands in `Body`, a small value that is replaced, never mutated.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,6 +57,9 @@ class Recognizer:
         precision: "float32" or "bfloat16", the arithmetic of retraining and evaluation.
         device: where the network and the images live.
 
+    Attributes:
+        on_minibatch: called after each minibatch of any retraining, where it is set.
+
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Recognizer:
         self.measure = measure
         self.precision = precision
         self.device = torch.device(device)
+        self.on_minibatch: Callable[[], object] | None = None
         example = torch.zeros(1, *dataset.image_shape, device=self.device)
         self.plan = ChannelPlan(self.network, example)
 
@@ -124,6 +128,7 @@ class Recognizer:
             weight_decay=config.weight_decay,
             precision=self.precision,
             seed=seed,
+            on_minibatch=self.on_minibatch,
         )
 
     def recovered(self, body: Body, config: Retraining, *, seed: int) -> Body:

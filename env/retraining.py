@@ -89,13 +89,15 @@ def retrain(
     precision: str = "float32",
     decay: bool = False,
     label_smoothing: float = 0.0,
+    on_minibatch: Callable[[], object] | None = None,
 ) -> float:
     """Train `network` in place for a few minibatches, with a fresh momentum; returns their mean loss in nats.
 
     `seed` alone draws the images and their augmentation (common random numbers: the same seed means the same
     pictures whatever the network). The learning rate is constant, or with `decay` falls linearly from
-    `learning_rate` towards 0. The network's modes are left in training mode. NonFiniteError when the loss or
-    a weight is not finite; UserError when there are fewer training images than a batch.
+    `learning_rate` towards 0. The network's modes are left in training mode. `on_minibatch` is called after each: a GPU
+    may lag behind. NonFiniteError when the loss or a weight is not finite; UserError when there are fewer training
+    images than a batch.
     """
     if minibatches < 1:
         raise ValueError(f"minibatches must be at least 1, got {minibatches}")
@@ -112,6 +114,8 @@ def retrain(
             loss = partial(F.cross_entropy, target=batch.labels, label_smoothing=label_smoothing)
             pictures = augmented(batch, dataset, data_config, generator)
             total += update(network, optimizer, pictures, loss, precision=precision)
+            if on_minibatch is not None:
+                on_minibatch()
     if not bool(total.isfinite()) or not finite(network):
         raise NonFiniteError(
             f"retraining: loss or weights are not finite after {minibatches} minibatches at learning rate "

@@ -6,6 +6,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from told import Told
 from torch import nn
 
 import actors.player
+import env.retraining
 from actors.metrics import (
     PLAYER_ACCURACY,
     PLAYER_COMPRESSION,
@@ -322,6 +324,23 @@ def test_a_step_renews_the_lease_and_beats(
     beat = json.loads(ledger.beats()["actor-0"])
     assert (beat["episode"], beat["step"]) == (0, 3)
     assert [beat["compression"], beat["accuracy"]] == pytest.approx(record["curve"][-1], abs=1e-6)
+
+
+def test_a_retraining_that_lasts_longer_than_the_lease_keeps_it(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease_s = 0.4
+    slow = replace(brief, lease_s=lease_s, episode=replace(brief.episode, recovery_minibatches=4))
+    player = Player("actor-0", slow, dataset)
+    update = env.retraining.update
+
+    def slowly(*args: Any, **kwargs: Any) -> torch.Tensor:
+        time.sleep(lease_s / 2)
+        assert ledger.claim("another", 60.0) != 0, "the lease has run out"
+        return update(*args, **kwargs)
+
+    monkeypatch.setattr(env.retraining, "update", slowly)
+    assert played(player)["id"] == 0
 
 
 def test_metrics_tell_of_every_step_and_of_the_episode(
