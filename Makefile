@@ -19,13 +19,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/zeroout run --out runs/demo
 
-# What needs nothing but CPU, by two processes; the rest one after the other, as it starts processes of its own.
-PLAIN := tests/env tests/agents tests/learner tests/test_benchmark_pages.py tests/test_quantization.py $(addprefix tests/deploy/test_, \
-	agreement.py compare.py description.py export.py export_table.py formats.py latency.py limit.py prepare.py prune.py \
-	quantize.py recover.py replace.py report.py transfer.py)
+# What starts Ray, a cluster or a browser, one after the other; all else by two processes.
+SERIAL := tests/actors/test_ray_metrics.py tests/test_benchmark_tables.py $(addprefix tests/deploy/test_, campaign.py \
+	cli.py cluster.py dashboards.py doctor.py event_files.py launch_files.py ray_address.py report_in_browser.py rllib.py \
+	secrets.py status.py storage.py telemetry.py watching.py)
 test: install
-	$(BIN)/python -m pytest -n 2 $(PLAIN)
-	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(PLAIN))
+	$(BIN)/python -m pytest -n 2 tests $(addprefix --ignore=,$(SERIAL))
+	$(BIN)/python -m pytest $(SERIAL)
 
 check: install
 	$(BIN)/ruff format --check .

@@ -115,7 +115,7 @@ def onnx_logits(path: Path, images: torch.Tensor) -> np.ndarray:
 def test_a_driver_killed_in_the_middle_is_resumed_with_every_episode_exactly_once(
     tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    out, total = tmp_path / "out", 14
+    out, total = tmp_path / "out", 10
     config = tiny(tmp_path / "tiny.toml", episodes=total, step_minibatches=12)
     with started(environment, tmp_path / "log", "run", config, "--out", out) as driver:
         wait_until(lambda: len(episodes(out)) >= 4 or driver.poll() is not None, "four episodes are recorded")
