@@ -4,6 +4,7 @@
 """
 
 import argparse
+import itertools
 import json
 import math
 import shutil
@@ -212,17 +213,15 @@ class Bench:
     extra: tuple[str, ...] = ()
 
     def run(self, seeds: Sequence[int], arms: Sequence[str], jobs: int) -> None:
-        """Make what is missing: the baselines, and seed by seed the arms; those that learn one after the other."""
+        """Make what is missing, in order: the baselines, and seed by seed the arms, as many at a time as may be."""
         with ThreadPoolExecutor(jobs) as pool:
             wanted = [seed for seed in seeds if any(self.missing(seed, arm) for arm in arms)]
             weights = dict(zip(wanted, pool.map(self.baseline, wanted), strict=True))
             for seed in [seed for seed in wanted if weights[seed] is not None]:
-                of_seed = [arm for arm in arms if self.missing(seed, arm)]
-                for arm in of_seed:
-                    if ARMS[arm].learns:
-                        self.make(seed, arm, weights[seed])
-                alone = [arm for arm in of_seed if not ARMS[arm].learns]
-                list(pool.map(lambda arm, s=seed: self.make(s, arm, weights[s]), alone))
+                of_seed = [arm for arm in ARMS if arm in arms and self.missing(seed, arm)]
+                for learns, group in itertools.groupby(of_seed, lambda arm: ARMS[arm].learns):
+                    made = (map if learns else pool.map)(lambda arm, s=seed: self.make(s, arm, weights[s]), group)
+                    list(made)
 
     def missing(self, seed: int, arm: str) -> bool:
         """Whether a network of this arm is not in the table."""
@@ -244,6 +243,7 @@ class Bench:
     def config(self, seed: int, arm: str, targets: Sequence[float], weights: Path | None) -> CampaignConfig:
         """A campaign of an arm; of the baseline where there is no arm."""
         how = ARMS.get(arm, Arm(about=""))
+        first = ARMS.get(how.of, how)
         digits = self.data == "digits"
         overrides = [
             f"seed={seed}",
@@ -251,10 +251,9 @@ class Bench:
             f"network.weights={json.dumps(str(weights or ''))}",
             f"episode.targets={list(targets)}",
             *([] if digits else [f'network.name="{self.network}"', f"data.path={json.dumps(self.data)}"]),
-            *(ARMS[how.of].sets if how.of else ()),
-            *how.sets,
+            *dict.fromkeys((*first.sets, *how.sets)),
             *(['network.skips="convolution"'] if arm == "source" and self.network.startswith("resnet") else []),
-            *([f"controller.weights={json.dumps(str(TAUGHT))}"] if (ARMS[how.of] if how.of else how).taught else []),
+            *([f"controller.weights={json.dumps(str(TAUGHT))}"] if first.taught else []),
             *self.extra,
         ]
         return parse(self.protocol, overrides, name="benchmarks.tables")
@@ -275,8 +274,8 @@ class Bench:
             out, what = self.folder(seed, arm, config), f"{arm}, seed {seed}"
             if time.time() > self.deadline_s or self.ledger.row(self.mark(config, arm)) is not None:
                 continue
-            if ARMS[arm].of:
-                self.share_search(seed, ARMS[arm].of, config, out, weights)
+            if ARMS[arm].of and not self.share_search(seed, arm, config, out, weights):
+                continue
             if ARMS[arm].peer:
                 self.run_peer(arm, config, out, what)
             else:
@@ -284,17 +283,22 @@ class Bench:
             if (out / "result.json").is_file():
                 self.keep(seed, arm, config, out)
 
-    def share_search(self, seed: int, arm: str, config: CampaignConfig, out: Path, weights: Path | None) -> None:
-        """Begin `out` with the search of another arm where that has ended, so that only the recovery is left."""
-        (other,) = self.configs(seed, arm, weights)
-        found = self.folder(seed, arm, other)
-        if not (found / "result.json").is_file() or out.exists():
-            return
+    def share_search(self, seed: int, arm: str, config: CampaignConfig, out: Path, weights: Path | None) -> bool:
+        """Begin `out` with the search of the arm that it shares, so that only the recovery is left; whether it has."""
+        first = ARMS[arm].of
+        (other,) = self.configs(seed, first, weights)
+        found = self.folder(seed, first, other)
+        if out.exists():
+            return True
+        if not (found / "result.json").is_file():
+            print(f"{arm}, seed {seed}: needs the search of {first}, which is not there yet", flush=True)
+            return False
         begun = beside(out, ".copy")
         shutil.rmtree(begun, ignore_errors=True)
         shutil.copytree(found, begun, ignore=shutil.ignore_patterns("recovered", "result.json", "*.png", "redis*"))
         write_atomic(begun / "campaign.toml", dump(config))
         begun.rename(out)
+        return True
 
     def run_peer(self, arm: str, config: CampaignConfig, out: Path, what: str) -> None:
         """Run what is no campaign of ours."""
