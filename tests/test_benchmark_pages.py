@@ -158,6 +158,9 @@ def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
             ledger=Ledger(tmp_path / "rows.jsonl"), work=tmp_path, deadline_s=math.inf,
         )  # fmt: skip
 
+    for protocol in tables.PROTOCOLS.values():
+        every = replace(bench("resnet34"), protocol=protocol)
+        assert [config.seed for arm in tables.ARMS for config in every.configs(3, arm, None)] == [3] * 14
     ours = bench("resnet18")
     marks = [ours.mark(config, arm) for arm in tables.ARMS for config in ours.configs(3, arm, None)]
     peers = [arm for arm in tables.ARMS.values() if arm.peer]
