@@ -70,8 +70,8 @@ def _heading(table: Sequence[Row]) -> list[str]:
     return [
         f"## {first['network']}, width {first['width']:g}: {first['data']}",
         "",
-        f"Before pruning {spread(seeds)} on test, n {len(seeds)}. {training} epochs of training, {recovery} of recovery.",
-        f"On {devices}; torch {torch}.",
+        f"Before pruning {spread(seeds)} on test, n {len(seeds)}. {training} epochs of training, {recovery} of",
+        f"recovery. On {devices}; torch {torch}.",
     ]
 
 
