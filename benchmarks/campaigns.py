@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,26 +33,25 @@ _TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 
 
 def campaign(
-    config: CampaignConfig,
-    out: Path,
-    overrides: Sequence[str],
-    what: str,
-    *,
-    deliver: bool = True,
-    deadline_s: float = math.inf,
+    config: CampaignConfig, out: Path, what: str, *, deliver: bool = True, deadline_s: float = math.inf
 ) -> bool:
     """`zeroout run`, which goes on where it was stopped; whether it has finished.
 
-    `what` is for the message; without `deliver` nothing is exported or reported. At `deadline_s`, in seconds since the
-    epoch, it is told to save and end.
+    Without `deliver` nothing is exported or reported; see `run` for the others.
+    """
+    run(["deploy.cli", "run"] if deliver else ["benchmarks.campaigns"], config, out, what, deadline_s)
+    return (out / "result.json").is_file()
+
+
+def run(module: Sequence[str], config: CampaignConfig, out: Path, what: str, deadline_s: float = math.inf) -> None:
+    """Run a module and its first arguments on a configuration, which is written beside its folder.
+
+    `what` is for the message. At `deadline_s`, in seconds since the epoch, it is told to save and end.
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     path = beside(out, ".toml")
     write_atomic(path, dump(config))
-    sets = [word for override in overrides for word in ("--set", override)]
-    command = ["-m", "deploy.cli", "run"] if deliver else ["-m", "benchmarks.campaigns"]
-    process([*command, str(path), "--out", str(out), *sets], out, what, deadline_s)
-    return (out / "result.json").is_file()
+    process(["-m", *module, str(path), "--out", str(out)], out, what, deadline_s)
 
 
 def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -> Path | None:
@@ -64,14 +63,10 @@ def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -
         seed=config.seed, network=replace(config.network, weights=""), data=config.data, baseline=config.baseline
     )
     name = f"{config.network.name}-{config.network.width:g}-{config.seed}"
-    out = work / f"baseline-{name}-{fingerprint(wherever(only))}"
+    out = work / f"baseline-{name}-{fingerprint(only)}"
     weights = out / "baseline" / "model.safetensors"
     if not weights.is_file() and time.time() < deadline_s:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        path = beside(out, ".toml")
-        write_atomic(path, dump(only))
-        command = ["-m", "benchmarks.campaigns", str(path), "--out", str(out), "--baseline"]
-        process(command, out, f"baseline of {name}", deadline_s)
+        run(["benchmarks.campaigns", "--baseline"], only, out, f"baseline of {name}", deadline_s)
     return weights.resolve() if weights.is_file() else None
 
 
@@ -127,11 +122,13 @@ def fingerprint(
 ) -> str:
     """Of what a campaign's result depends on: all values that are not the default, but those of sections `without`.
 
-    A key that a later version adds changes nothing until it is used. `beyond` is what the configuration does not say.
+    Nor does it matter where things lie and where it runs: the paths of images and weights, and the cluster. A key that
+    a later version adds changes nothing until it is used. `beyond` is what the configuration does not say.
     """
-    values, defaults = _flat(asdict(config)), _flat(asdict(CampaignConfig()))
+    values, defaults = _flat(asdict(_wherever(config))), _flat(asdict(CampaignConfig()))
+    ignored = {"cluster", *without}
     chosen = {
-        key: value for key, value in values.items() if value != defaults[key] and key.partition(".")[0] not in without
+        key: value for key, value in values.items() if value != defaults[key] and key.partition(".")[0] not in ignored
     }
     text = json.dumps({**chosen, **(beyond or {})}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
@@ -142,8 +139,8 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def wherever(config: CampaignConfig) -> CampaignConfig:
-    """The same without the paths of its images and weights, for fingerprints."""
+def _wherever(config: CampaignConfig) -> CampaignConfig:
+    """The same without the paths of its images and weights."""
     return replace(
         config,
         data=replace(config.data, path="as given" if config.data.path else "", cache=""),
@@ -152,10 +149,10 @@ def wherever(config: CampaignConfig) -> CampaignConfig:
     )
 
 
-def images_of(record: Mapping[str, Any], config: CampaignConfig) -> int:
-    """Training images that a recorded episode was retrained with, each as often as it was seen."""
-    steps, reached, episode = int(record["steps"]), len(record["targets"]), config.episode
-    return episode.batch_size * (steps * episode.step_minibatches + reached * episode.recovery_minibatches)
+def images_of(records: Iterable[Mapping[str, Any]], config: CampaignConfig) -> int:
+    """Training images that recorded episodes were retrained with, each as often as it was seen."""
+    images = config.episode.retrained_images
+    return sum((int(record["steps"]) - 1) * images(0) + images(len(record["targets"])) for record in records)
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:
@@ -170,11 +167,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.campaigns", description=__doc__)
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--baseline", action="store_true", help="end when it is there")
     given = parser.parse_args()
     try:
-        config, progress = load(given.config, given.set), PlainProgress(Console())
+        config, progress = load(given.config), PlainProgress(Console())
         with interruptible():
             if given.baseline:
                 prepare(CampaignFolder.create(given.out, dump(config)), config, preflight(config), progress)

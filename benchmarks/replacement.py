@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.campaigns import WORK, baseline, campaign, commit, fingerprint, wherever
+from benchmarks.campaigns import WORK, baseline, campaign, commit, fingerprint
 from benchmarks.ledger import Ledger, Row
 from benchmarks.paired import Difference, difference, spread
 from benchmarks.step import cpu_name
@@ -143,7 +143,7 @@ class Bench:
 
     def mark(self, seed: int, arm: str) -> str:
         """What tells an arm's configuration apart, wherever its images lie."""
-        return fingerprint(wherever(self.config(seed, arm, None)), without=["cluster"])
+        return fingerprint(self.config(seed, arm, None))
 
     def baseline(self, seed: int) -> Path | None:
         """The weights that the arms of a seed start from; None where time is over."""
@@ -155,7 +155,7 @@ class Bench:
             return
         mark, since = self.mark(seed, arm), time.perf_counter()
         out = self.work / f"replacement-{self.network}-{self.width:g}-{seed}-{arm}-{mark}"
-        if not campaign(self.config(seed, arm, weights), out, [], f"{arm}, seed {seed}", deliver=False):
+        if not campaign(self.config(seed, arm, weights), out, f"{arm}, seed {seed}", deliver=False):
             return
         row = row_of(out, self.config(seed, arm, weights)) | {
             "network": self.network, "width": self.width, "seed": seed, "arm": arm, "fingerprint": mark,

@@ -15,20 +15,18 @@ from pathlib import Path
 from benchmarks.campaigns import (
     WORK,
     baseline,
-    beside,
     campaign,
     commit,
     digest,
     fingerprint,
     images_of,
-    process,
-    wherever,
+    run,
 )
 from benchmarks.ledger import Ledger, Row
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
-from deploy.config import CampaignConfig, dump, parse
-from deploy.folder import read_json, write_atomic
+from deploy.config import CampaignConfig, parse
+from deploy.folder import CampaignFolder, read_json, write_atomic
 
 RESULTS = Path(__file__).parent / "results" / "search"
 TAUGHT = RESULTS / "controller.safetensors"
@@ -195,9 +193,9 @@ class Bench:
             if learned.is_file():
                 begun = digest(learned)
                 config = replace(config, controller=replace(config.controller, weights=str(learned)))
-            mark = fingerprint(wherever(config), without=["cluster"], beyond={"begun": begun})
+            mark = fingerprint(config, beyond={"begun": begun})
             out = self.work / f"{cell.name}-{seed}-teach-{mark}"
-            if not campaign(config, out, [], f"teaching, seed {seed}", deliver=False, deadline_s=self.deadline_s):
+            if not campaign(config, out, f"teaching, seed {seed}", deliver=False, deadline_s=self.deadline_s):
                 return
             learned = (out / "controller.safetensors").resolve()
             returns = row_of(out, config, "fresh")["episodes"]
@@ -214,8 +212,8 @@ class Bench:
         config = self.cell.config(seed, method, None)
         taught = {"taught": digest(TAUGHT)} if config.controller.weights else {}
         # an episode is the same with snapshots and without
-        config = replace(wherever(config), search=replace(config.search, snapshot_period=0))
-        ignored = ["cluster"] + ([] if method in AGENTS else ["controller", "sequence", "replay", "learner"])
+        config = replace(config, search=replace(config.search, snapshot_period=0))
+        ignored = [] if method in AGENTS else ["controller", "sequence", "replay", "learner"]
         return fingerprint(config, without=ignored, beyond=taught)
 
     def baseline(self, seed: int) -> Path | None:
@@ -230,13 +228,9 @@ class Bench:
         out = self.work / f"{self.cell.name}-{seed}-{method}-{print_of}"
         since = time.perf_counter()
         if method in PEERS:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            path = beside(out, ".toml")
-            write_atomic(path, dump(config))
-            module = ["-m", "benchmarks.search_methods.peers", method, str(path), "--out", str(out)]
-            process(module, out, f"{method}, seed {seed}")
+            run(["benchmarks.search_methods.peers", method], config, out, f"{method}, seed {seed}")
         else:
-            campaign(config, out, [], f"{method}, seed {seed}")
+            campaign(config, out, f"{method}, seed {seed}")
         if not (out / "result.json").is_file():
             return
         row = row_of(out, config, method) | {
@@ -253,12 +247,7 @@ class Bench:
 def row_of(out: Path, config: CampaignConfig, method: str) -> Row:
     """What a finished campaign, or peer, has shown."""
     result = read_json(out / "result.json")
-    point, episodes = result["points"][-1], []
-    if method in PEERS:
-        images = result["images"]
-    else:
-        episodes = [json.loads(line) for line in (out / "episodes.jsonl").read_text().splitlines()]
-        images = sum(images_of(record, config) for record in episodes)
+    point, episodes = result["points"][-1], CampaignFolder(out).read_episodes()
     before = read_json(out / "baseline" / "baseline.json")
     return {
         "method": method,
@@ -268,7 +257,7 @@ def row_of(out: Path, config: CampaignConfig, method: str) -> Row:
         "validation": point["val_accuracy"],
         "test": point["test_accuracy"],
         "baseline_validation": before["validation"]["accuracy"],
-        "images": images,
+        "images": result.get("images", images_of(episodes, config)),
         "seconds": round(sum(record["seconds"] for record in episodes), 1),
         "episodes": [
             [record["policy"], record["epsilon"], round(record["return"], 4), record["weights_version"]]

@@ -26,16 +26,15 @@ from benchmarks.campaigns import (
     digest,
     fingerprint,
     images_of,
-    process,
+    run,
     seconds_of,
-    wherever,
 )
 from benchmarks.ledger import Ledger, Row
 from benchmarks.search import LEARNING, TAUGHT
 from benchmarks.step import cpu_name
 from benchmarks.tables_page import write_page
 from deploy.config import CampaignConfig, dump, parse
-from deploy.folder import read_json, versions, write_atomic
+from deploy.folder import CampaignFolder, read_json, versions, write_atomic
 
 RESULTS = Path(__file__).parent / "results"
 NETWORKS = ("vgg16", "resnet18", "resnet34")
@@ -225,11 +224,12 @@ class Bench:
 
     def missing(self, seed: int, arm: str) -> bool:
         """Whether a network of this arm is not in the table."""
-        return any(
-            self.ledger.row(self.mark(config, arm), target=target) is None
-            for config in self.configs(seed, arm, None)
-            for target in config.episode.targets
-        )
+        return any(self.lacks(config, arm) for config in self.configs(seed, arm, None))
+
+    def lacks(self, config: CampaignConfig, arm: str) -> bool:
+        """Whether a network of this campaign is not in the table."""
+        mark = self.mark(config, arm)
+        return any(self.ledger.row(mark, target=target) is None for target in config.episode.targets)
 
     def baseline(self, seed: int) -> Path | None:
         """The network that the arms of a seed start from; None where time is over."""
@@ -262,7 +262,7 @@ class Bench:
         """What tells a campaign apart, wherever things lie."""
         beyond = {"taught": digest(TAUGHT)} if config.controller.weights else {}
         peer = {"peer": arm} if ARMS[arm].peer else {}
-        return fingerprint(wherever(config), without=["cluster"], beyond={**beyond, **peer})
+        return fingerprint(config, beyond={**beyond, **peer})
 
     def folder(self, seed: int, arm: str, config: CampaignConfig) -> Path:
         """Where a campaign lies."""
@@ -272,14 +272,14 @@ class Bench:
         """Run the campaigns of an arm and keep their rows."""
         for config in self.configs(seed, arm, weights):
             out, what = self.folder(seed, arm, config), f"{arm}, seed {seed}"
-            if time.time() > self.deadline_s or self.ledger.row(self.mark(config, arm)) is not None:
+            if time.time() > self.deadline_s or not self.lacks(config, arm):
                 continue
             if ARMS[arm].of and not self.share_search(seed, arm, config, out, weights):
                 continue
             if ARMS[arm].peer:
-                self.run_peer(arm, config, out, what)
+                run(["benchmarks.search_methods.peers", arm], config, out, what, self.deadline_s)
             else:
-                campaign(config, out, [], what, deliver=False, deadline_s=self.deadline_s)
+                campaign(config, out, what, deliver=False, deadline_s=self.deadline_s)
             if (out / "result.json").is_file():
                 self.keep(seed, arm, config, out)
 
@@ -299,14 +299,6 @@ class Bench:
         write_atomic(begun / "campaign.toml", dump(config))
         begun.rename(out)
         return True
-
-    def run_peer(self, arm: str, config: CampaignConfig, out: Path, what: str) -> None:
-        """Run what is no campaign of ours."""
-        out.parent.mkdir(parents=True, exist_ok=True)
-        path = beside(out, ".toml")
-        write_atomic(path, dump(config))
-        module = ["-m", "benchmarks.search_methods.peers", arm, str(path), "--out", str(out)]
-        process(module, out, what, self.deadline_s)
 
     def keep(self, seed: int, arm: str, config: CampaignConfig, out: Path) -> None:
         """Add a row for each network of a finished campaign."""
@@ -334,9 +326,7 @@ def networks_of(out: Path, config: CampaignConfig) -> list[Row]:
     """What a finished campaign, or peer, has shown of each network."""
     result = read_json(out / "result.json")
     given = result["baseline"]
-    episodes = out / "episodes.jsonl"
-    records = [json.loads(line) for line in episodes.read_text().splitlines()] if episodes.is_file() else []
-    searched = result.get("images", sum(images_of(record, config) for record in records))
+    searched = result.get("images", images_of(CampaignFolder(out).read_episodes(), config))
     return [
         {
             "target": point["target"],

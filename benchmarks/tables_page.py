@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,10 @@ def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> 
 def _cells(mine: Sequence[Row], ours: Mapping[int, float]) -> list[str]:
     test = {row["seed"]: 100 * row["test"] for row in mine}
     change = {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in mine}
-    mean = _means(mine)
+
+    def mean(key: str) -> float:
+        return statistics.fmean(row[key] for row in mine)
+
     return [
         str(len(mine)),
         spread(test),
@@ -103,10 +106,6 @@ def _cells(mine: Sequence[Row], ours: Mapping[int, float]) -> list[str]:
         f"{mean('images') / 1000:,.0f}",
         f"{mean('wall_s') / 60:.1f}",
     ]
-
-
-def _means(rows: Sequence[Row]) -> Callable[[str], float]:
-    return lambda key: statistics.fmean(row[key] for row in rows)
 
 
 def _published(network: str) -> Sequence[Published]:
@@ -126,7 +125,9 @@ def _against_others(rows: Sequence[Row]) -> list[str]:
     full = [row for table in _tables(rows) for row in table if row["width"] == 1.0 and row["arm"] == OURS]
     for network in ("vgg16", "resnet18", "resnet34"):
         for known in sorted(_published(network), key=lambda each: each.compression):
-            near = [row for row in full if row["network"] == network and _is_near(row["target"], known.compression)]
+            near = [
+                row for row in full if row["network"] == network and abs(row["target"] - known.compression) <= _NEAR
+            ]
             closest = min((abs(row["target"] - known.compression) for row in near), default=math.inf)
             mine = [row for row in near if abs(row["target"] - known.compression) == closest]
             test = {row["seed"]: 100 * row["test"] for row in mine}
@@ -140,30 +141,24 @@ def _against_others(rows: Sequence[Row]) -> list[str]:
     return [*lines, "", "Theirs on the official CIFAR-10, as they report it; ours on the JPEG copy."]
 
 
-def _is_near(one: float, other: float) -> bool:
-    return abs(one - other) <= _NEAR
-
-
 def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
     """Test accuracy against what is removed: a line for each arm, bars of one standard deviation."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.subplots()
-    there = [arm for arm in arms if any(row["arm"] == arm for row in table)]
     targets = sorted({row["target"] for row in table})
     for place, arm in enumerate(arms):
-        if arm not in there:
-            continue
         x, middle, deviation = [], [], []
         for target in targets:
             test = [100 * row["test"] for row in table if (row["arm"], row["target"]) == (arm, target)]
             if test:
-                x.append(
-                    _odds(target) + 0.012 * (place - len(arms) / 2)
-                )  # side by side, so that bars can be told apart
+                # side by side, so that bars can be told apart
+                x.append(_odds(target) + 0.012 * (place - len(arms) / 2))
                 middle.append(statistics.fmean(test))
                 deviation.append(statistics.stdev(test) if len(test) > 1 else 0.0)
+        if not x:
+            continue
         axes.errorbar(
             x, middle, yerr=deviation, label=arms[arm], color=_COLOURS[place % len(_COLOURS)],
             linestyle="-" if place < len(_COLOURS) else "--", linewidth=2.2 if arm == OURS else 1.1,

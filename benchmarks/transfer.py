@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.campaigns import WORK, campaign, commit, fingerprint, wherever
+from benchmarks.campaigns import WORK, campaign, commit, fingerprint
 from benchmarks.ledger import Ledger, Row
 from benchmarks.step import cpu_name
 from benchmarks.transfer_page import page
@@ -169,7 +169,9 @@ class Bench:
     def weights(self, seed: int) -> Path:
         """The source network of a seed; told from others by all that it was made with."""
         config = self.source_config(seed)
-        return (self.work / f"transfer-source-{seed}-{_print_of(config)}" / "baseline" / "model.safetensors").resolve()
+        return (
+            self.work / f"transfer-source-{seed}-{fingerprint(config)}" / "baseline" / "model.safetensors"
+        ).resolve()
 
     def source(self, seed: int) -> bool:
         """Train the source network of a seed where it is not there; whether it is there now."""
@@ -177,7 +179,7 @@ class Bench:
         if (out / "result.json").is_file():
             return True
         return time.time() < self.deadline_s and campaign(
-            self.source_config(seed), out, [], f"source, seed {seed}", deliver=False
+            self.source_config(seed), out, f"source, seed {seed}", deliver=False
         )
 
     def config(self, job: Job) -> CampaignConfig:
@@ -206,8 +208,8 @@ class Bench:
     def fingerprint(self, job: Job) -> str:
         """Of what a run's result depends on: not where things lie."""
         config = self.config(job)
-        beyond = {} if job.arm == SCRATCH else {"source": _print_of(self.source_config(job.seed))}
-        return _print_of(config, beyond)
+        beyond = {} if job.arm == SCRATCH else {"source": fingerprint(self.source_config(job.seed))}
+        return fingerprint(config, beyond=beyond)
 
     def row(self, job: Job) -> Row | None:
         """The row of this very run."""
@@ -220,7 +222,7 @@ class Bench:
         what, print_of = f"{job.arm}, {job.images} images, seed {job.seed}", self.fingerprint(job)
         out = self.work / f"transfer-{job.seed}-{job.images}-{job.arm}-{print_of}"
         since = time.perf_counter()
-        if not campaign(self.config(job), out, [], what, deliver=False):
+        if not campaign(self.config(job), out, what, deliver=False):
             return
         row = {
             **row_of(out, job, self.config(job)),
@@ -249,10 +251,6 @@ def row_of(out: Path, job: Job, config: CampaignConfig) -> Row:
         "recovery_updates": config.recovery.epochs * (images // config.recovery.batch_size),
         "versions": {name: known[name] for name in ("python", "torch")},
     }
-
-
-def _print_of(config: CampaignConfig, beyond: dict[str, str] | None = None) -> str:
-    return fingerprint(wherever(config), without=["cluster"], beyond=beyond)
 
 
 def jobs_of(given: argparse.Namespace) -> Iterator[Job]:
