@@ -43,7 +43,7 @@ def difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Differ
     return Difference(statistics.fmean(apart), p, sum(value > 0 for value in apart), len(pairs))
 
 
-def spread(values: Mapping[int, float]) -> str:
+def spread(values: Mapping[int, float], digits: int = 2) -> str:
     """Mean (standard deviation) over seeds."""
-    deviation = f" ({statistics.stdev(values.values()):.2f})" if len(values) > 1 else ""
-    return f"{statistics.fmean(values.values()):.2f}{deviation}"
+    deviation = f" ({statistics.stdev(values.values()):.{digits}f})" if len(values) > 1 else ""
+    return f"{statistics.fmean(values.values()):.{digits}f}{deviation}"

@@ -23,6 +23,7 @@ from benchmarks.campaigns import (
     run,
 )
 from benchmarks.ledger import Ledger, Row
+from benchmarks.search_methods.greedy import Taught, write_curve
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
@@ -82,7 +83,7 @@ class Cell:
     @property
     def name(self) -> str:
         """Of the files of results."""
-        return f"{self.network}-{self.width:g}-{self.target:g}"
+        return f"{self.network}-{self.width:g}-{self.target:g}-{self.episodes}"
 
     def config(self, seed: int, method: str, weights: Path | None) -> CampaignConfig:
         """The campaign of one method; of the baseline where no weights are given."""
@@ -99,7 +100,7 @@ class Cell:
         if method not in (*LEARNERS, *PEERS):
             overrides.append(f'search.method="{"untrained" if method in AGENTS else method}"')
         if AGENTS.get(method):
-            overrides.append(f"controller.weights={json.dumps(str(TAUGHT))}")
+            overrides += [f"controller.weights={json.dumps(str(TAUGHT))}", f"search.sigma={TAUGHT_SIGMA}"]
         text = QUICK if self.data == "digits" else FULL
         return parse(text, overrides, name="benchmarks.search")
 
@@ -141,6 +142,8 @@ learning_rate = 0.05
 [cluster]
 dashboard = false
 """
+#: A Controller that has been taught knows where to look: a third of the exploration of one that has not (trial 18).
+TAUGHT_SIGMA = 0.3
 #: What sets the campaigns that teach apart: nothing they deliver is used. To look further ahead than twice as far does
 #: not pay (trial 17).
 TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")
@@ -182,26 +185,47 @@ class Bench:
                 if method in missing:
                     self.make(seed, method, weights)
 
-    def teach(self, seeds: list[int]) -> None:
-        """Campaigns of the Controller, one after the other, each beginning with what the one before has learned."""
-        cell, learned = replace(self.cell, extra=(*self.cell.extra, *TEACHING)), Path()
+    def teach(self, seeds: list[int]) -> list[Taught]:
+        """Campaigns of the Controller, one after the other, each beginning with what the one before has learned.
+
+        Returns what it was on the way, the untaught one first; not all where time was over.
+        """
+        cell = replace(self.cell, extra=(*self.cell.extra, *TEACHING))
+        stages = [Taught(0, None)]
         for seed in seeds:
             weights = self.baseline(seed)
             if weights is None:
-                return
-            config, begun = cell.config(seed, "fresh", weights), ""
-            if learned.is_file():
-                begun = digest(learned)
-                config = replace(config, controller=replace(config.controller, weights=str(learned)))
-            mark = fingerprint(config, beyond={"begun": begun})
-            out = self.work / f"{cell.name}-{seed}-teach-{mark}"
+                return stages
+            config, begun = taught_by(cell.config(seed, "fresh", weights), stages[-1])
+            out = self.work / f"{cell.name}-{seed}-teach-{fingerprint(config, beyond={'begun': begun})}"
             if not campaign(config, out, f"teaching, seed {seed}", deliver=False, deadline_s=self.deadline_s):
-                return
-            learned = (out / "controller.safetensors").resolve()
+                return stages
             returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
-        TAUGHT.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(TAUGHT, learned.read_bytes())
+            stages.append(Taught(stages[-1].episodes + len(returns), (out / "controller.safetensors").resolve()))
+        write_atomic(self.ledger.file.parent / TAUGHT.name, stages[-1].weights.read_bytes())
+        return stages
+
+    def greedy(self, seed: int, taught: Taught) -> Row | None:
+        """The row of what a Controller plays without exploration; made if it is missing and there is time."""
+        cell = replace(self.cell, episodes=1, extra=(*self.cell.extra, *TEACHING, "search.sigma=0.0"))
+        config, begun = taught_by(cell.config(seed, "untrained", None), taught)
+        mark = fingerprint(config, without=("sequence", "replay", "learner"), beyond={"begun": begun})
+        row = self.ledger.row(mark, seed=seed, method="greedy")
+        weights = self.baseline(seed) if row is None else None
+        if weights is None or time.time() > self.deadline_s:
+            return row
+        config = replace(config, network=replace(config.network, weights=str(weights)))
+        what, out = f"greedy after {taught.episodes}, seed {seed}", self.work / f"{cell.name}-{seed}-greedy-{mark}"
+        run(["benchmarks.search_methods.greedy"], config, out, what, self.deadline_s)
+        for record in CampaignFolder(out).read_episodes():
+            point = record["targets"][-1]
+            row = {"method": "greedy", "seed": seed, "learned": taught.episodes, "fingerprint": mark,
+                   "return": record["return"], "macs": point["macs"], "validation": point["accuracy"],
+                   "machine": cpu_name(), "commit": commit()}  # fmt: skip
+            self.ledger.add([row])
+            print(f"{what}: return {row['return']:.4f}", flush=True)
+        return row
 
     def row(self, seed: int, method: str) -> Row | None:
         """The row of this very configuration."""
@@ -242,6 +266,13 @@ class Bench:
         }
         self.ledger.add([row])
         print(f"{method}, seed {seed}: test {row['test']:.4f}, validation {row['validation']:.4f}", flush=True)
+
+
+def taught_by(config: CampaignConfig, taught: Taught) -> tuple[CampaignConfig, str]:
+    """`config`, beginning with a Controller; and that one's digest, "" where it knows nothing."""
+    if taught.weights is None:
+        return config, ""
+    return replace(config, controller=replace(config.controller, weights=str(taught.weights))), digest(taught.weights)
 
 
 def row_of(out: Path, config: CampaignConfig, method: str) -> Row:
@@ -294,6 +325,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
     parser.add_argument("--teach", action="store_true", help="teach the Controller on these seeds instead")
+    also = "with --teach: draw what it plays on these seeds without exploration, after each campaign"
+    parser.add_argument("--curve", type=int, nargs="+", default=[], metavar="SEED", help=also)
     parser.add_argument("--quick", action="store_true", help="digits, 2 seeds, 12 episodes; writes to .search/ alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=WORK, help=argparse.SUPPRESS)
@@ -301,16 +334,22 @@ def main() -> None:
     if given.quick:
         given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
+    command = " ".join(["python -m benchmarks.search", *sys.argv[1:]])
     for cell in cells(given):
         ledger = Ledger(given.results / f"{cell.name}.jsonl")
         bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
         if given.teach:
-            bench.teach(given.seeds)
+            stages = bench.teach(given.seeds)
+            with ThreadPoolExecutor(given.jobs) as pool:
+                pairs = [(seed, stage) for seed in given.curve for stage in stages]
+                played = [row for row in pool.map(lambda pair, b=bench: b.greedy(*pair), pairs) if row is not None]
+            if played:
+                print(write_curve(cell.name, played, given.results, command))
             continue
         bench.run(given.seeds, given.methods, given.jobs)
         rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]
         if rows:
-            print(write_page(cell.name, rows, given.results, " ".join(["python -m benchmarks.search", *sys.argv[1:]])))
+            print(write_page(cell.name, rows, given.results, command))
 
 
 if __name__ == "__main__":
