@@ -20,7 +20,8 @@ demo: install
 	$(BIN)/zeroout run --out runs/demo
 
 # What starts Ray, a cluster or a browser, one after the other; all else by two processes.
-SERIAL := tests/actors/test_ray_metrics.py tests/test_benchmark_tables.py $(addprefix tests/deploy/test_, campaign.py \
+SERIAL := tests/actors/test_ray_metrics.py tests/test_benchmark_search.py tests/test_benchmark_tables.py \
+	$(addprefix tests/deploy/test_, campaign.py \
 	cli.py cluster.py dashboards.py doctor.py event_files.py launch_files.py ray_address.py report_in_browser.py rllib.py \
 	secrets.py status.py storage.py telemetry.py watching.py)
 test: install

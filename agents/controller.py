@@ -37,6 +37,7 @@ from env.measure import log_freed, one_less
 __all__ = ["Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
 _HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
+_LEAST_DEVIATION = 1e-4  # natural-log units; filters that differ by less are alike
 _SOFT_LIMIT = 5.0  # natural-log units; filters that do nothing at all would otherwise dominate every mean
 
 
@@ -47,7 +48,9 @@ class ControllerConfig:
     observation: str = "features"  # "features" | "mask" (the source's)
     hidden_size: int = 64  # of the LSTM
     layer_size: int = 32  # of the head that all layers share
-    advantage_scale: float = 0.1  # natural-log units of score to units of reward
+    # Reward for each unit of a set's mean advantage (mask) or residual (features): about what one standard deviation of
+    # a good score is worth (trial 20 of the search log).
+    advantage_scale: float = 0.02
     weights: str = ""  # controller.safetensors of an earlier campaign to start from, also of one for another network
 
     def __post_init__(self) -> None:
@@ -90,7 +93,7 @@ class ShapeJudgement(Judgement):
     """What the features Controller says; its advantage, which ranks, follows from the rest."""
 
     log_harm: Tensor  # float32 [T, B, L], log c
-    residual: Tensor  # float32 [T, B, F], r: added to a filter's log score; 0 where gone
+    residual: Tensor  # float32 [T, B, F], r: added to a filter's Taylor score within its layer; 0 where gone
 
 
 class Controller(QNetwork):
@@ -182,21 +185,37 @@ class Controller(QNetwork):
         usual: Tensor = self.usual(left)
         return (log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
 
+    @torch.no_grad()
+    def ranking(self, judgement: ShapeJudgement, seen: Observations, taste: Tensor) -> Tensor:
+        """The advantages where a filter's scores within its layer weigh `taste` (float32 [3]) more: [T, B, F]."""
+        within, _ = self._scores(seen, self.plan.kept_per_layer(seen.keep_mask))
+        return self._advantage(within, judgement.residual + within @ taste, judgement.log_harm, seen.keep_mask)
+
     def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
-        alive = seen.keep_mask
-        scores = _soft_limit(_centred(seen.features, alive[..., None]))
-        means = _layer_means(scores, self.layer_of, kept)
-        within = (scores - means[..., self.layer_of, :]) * alive[..., None]
+        within, means = self._scores(seen, kept)
         inputs = self._layer_inputs(seen, kept, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         log_harm = math.log(_HARM) + shared + self.layer_term(memory)
         residual = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
         with torch.no_grad():  # it only ranks
-            quality = scores[..., 0] + residual
-            flat = (quality.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
-            advantage = balanced(*flat, self.plan, self.measure).view(alive.shape)
+            advantage = self._advantage(within, residual, log_harm, seen.keep_mask)
         return ShapeJudgement(value=value, advantage=advantage, log_harm=log_harm, residual=residual)
+
+    def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
+        """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
+        alive = seen.keep_mask[..., None]
+        scores = _soft_limit(_centred(seen.features, alive))
+        means = _layer_means(scores, self.layer_of, kept)
+        apart = (scores - means[..., self.layer_of, :]) * alive
+        deviations = _layer_means(apart.square(), self.layer_of, kept).sqrt().clamp(min=_LEAST_DEVIATION)
+        return apart / deviations[..., self.layer_of, :], means
+
+    def _advantage(self, within: Tensor, residual: Tensor, log_harm: Tensor, alive: Tensor) -> Tensor:
+        """What ranks, of the Taylor score and what is added to it: float32 [T, B, F]."""
+        quality = within[..., 0] + residual
+        flat = (quality.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
+        return balanced(*flat, self.plan, self.measure).view(alive.shape)
 
     def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:
         """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""

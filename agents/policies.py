@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.balance import balanced
-from agents.controller import Controller, Observations
+from agents.controller import Controller, Observations, ShapeJudgement
 from agents.ladder import Ladder
 from agents.network import RecurrentState
 from agents.ranking import places, places_in_layers
@@ -225,7 +225,8 @@ class ControllerPolicy:
         controller: in eval mode; not changed.
         epsilon: chance, per step, of an exploratory action: a random allocation between the layers for the
             features Controller, a random ranking of the filters for the mask one.
-        sigma: about the standard deviation of this episode's offsets of layers, in natural-log units of the advantage.
+        sigma: about the standard deviation of this episode's offsets of layers, in natural-log units of the advantage;
+            the features Controller's filters are judged by another taste in each episode, too.
         seed: of the exploration.
 
     """
@@ -235,6 +236,7 @@ class ControllerPolicy:
         self._random = torch.Generator().manual_seed(seed)
         self._plan = controller.plan
         self._offsets = self._draw(sigma)
+        self._taste = sigma * _TASTE * torch.randn(len(FEATURES), generator=self._random)
         self._state = controller.initial_state()
 
     @property
@@ -243,16 +245,18 @@ class ControllerPolicy:
         return self._state
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Recurrent state, this episode's offsets, the generator's state; not the Controller's weights."""
+        """Recurrent state, this episode's offsets and taste, the generator's state; not the Controller's weights."""
         h, c = (part.cpu() for part in self._state)
-        return {"h": h, "c": c, "offsets": self._offsets, "random": self._random.get_state()}
+        own = {"offsets": self._offsets, "taste": self._taste, "random": self._random.get_state()}
+        return {"h": h, "c": c, **own}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """See `Policy`."""
         _require_alike(state, self.state_dict())
         device = self._state[0].device
         self._random.set_state(state["random"])
-        self._state, self._offsets = (state["h"].to(device), state["c"].to(device)), state["offsets"]
+        self._state = state["h"].to(device), state["c"].to(device)
+        self._offsets, self._taste = state["offsets"], state["taste"]
 
     @torch.inference_mode()
     def rank(self, observation: Observation) -> Tensor:
@@ -260,6 +264,8 @@ class ControllerPolicy:
         seen = observe(observation)
         judgement, self._state = self._controller(seen, self._state)
         advantage: Tensor = judgement.advantage[0, 0]
+        if isinstance(judgement, ShapeJudgement) and bool(self._taste.any()):
+            advantage = self._controller.ranking(judgement, seen, self._taste.to(advantage.device))[0, 0]
         # The mask Controller's advantages have no natural unit; their own spread serves.
         natural = self._controller.config.observation == "features"
         unit = 1.0 if natural else float(advantage[seen.keep_mask[0, 0]].std(correction=0))
@@ -283,6 +289,9 @@ class ControllerPolicy:
         offsets: Tensor = sigma * (_OVER_DEPTH * over_depth + _OWN * own)
         return offsets[self._plan.layer_of]
 
+
+#: How far a score within a layer may come to weigh more or less, beside the Taylor score's 1, in units of sigma.
+_TASTE = 1.25
 
 #: How far the ends of a network are moved against each other, and a layer against its neighbours, in units of sigma.
 _OVER_DEPTH, _OWN = 1.5, 0.7

@@ -203,6 +203,7 @@ class Bench:
             returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
             stages.append(Taught(stages[-1].episodes + len(returns), (out / "controller.safetensors").resolve()))
+        self.ledger.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.ledger.file.parent / TAUGHT.name, stages[-1].weights.read_bytes())
         return stages
 

@@ -130,14 +130,14 @@ def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
     nothing = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 3)
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(nothing)
     action[..., [1, 4, 8]] = True  # left: 3, 4, 3; their residuals are 13 / 3 in the mean
-    expected = 2.0 + usual - (1 / 3 + 2 / 4 + 3 / 3) - 0.1 * 13 / 3
+    expected = 2.0 + usual - (1 / 3 + 2 / 4 + 3 / 3) - 0.02 * 13 / 3
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
     alone = made.q_all(judgement, seen)[0, 0]
     assert float(alone[5]) == pytest.approx(nothing)  # gone already
-    assert float(alone[8]) == pytest.approx(2.0 + usual - (1 / 5 + 2 / 4 + 3 / 3) - 0.1 * 8)
+    assert float(alone[8]) == pytest.approx(2.0 + usual - (1 / 5 + 2 / 4 + 3 / 3) - 0.02 * 8)
     action[:] = False
     action[..., 12:] = True  # a layer left empty is taken to have half a filter
-    expected = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 0.5) - 0.1 * 13
+    expected = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 0.5) - 0.02 * 13
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
 
 
@@ -261,6 +261,32 @@ def test_the_mask_controller_sees_which_filter_and_the_features_one_how_many(kin
         for mask in masks
     ]
     assert torch.equal(values[0], values[1]) != reads
+
+
+def test_a_taste_changes_the_order_within_layers_as_a_learned_weight_would() -> None:
+    made, seen = controller("features"), observations(2, 2, dead=0.3)
+    judgement, _ = made(seen, made.initial_state(2))
+    assert isinstance(judgement, ShapeJudgement)
+    assert torch.equal(made.ranking(judgement, seen, torch.zeros(3)), judgement.advantage)
+    taste = torch.tensor([-0.5, 0.0, 2.0])
+    with torch.no_grad():
+        made.filter_weights.bias.copy_(taste)
+    learned, _ = made(seen, made.initial_state(2))
+    found = made.ranking(judgement, seen, taste)
+    torch.testing.assert_close(found[seen.keep_mask], learned.advantage[seen.keep_mask])
+    assert not torch.equal(found, judgement.advantage)
+
+
+def test_scores_are_in_standard_deviations_of_their_layer_by_hand() -> None:
+    made, seen = controller("features"), observations(1, 1, dead=0.0)
+    seen.features[..., 12:, 2] = torch.tensor([1.0, 2.0, 3.0])  # mean 2, deviation sqrt(2 / 3)
+    seen.features[..., :5, 2] = 0.7  # all alike
+    with torch.no_grad():
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    judgement, _ = made(seen, made.initial_state())
+    assert isinstance(judgement, ShapeJudgement)
+    assert judgement.residual[0, 0, 12:].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-5)
+    assert judgement.residual[0, 0, :5].tolist() == pytest.approx([0.0] * 5, abs=1e-2)
 
 
 def test_the_features_controller_ignores_the_order_of_filters_within_a_layer() -> None:

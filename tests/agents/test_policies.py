@@ -170,10 +170,26 @@ def test_without_exploration_the_controllers_advantage_is_played(kind: str) -> N
     torch.testing.assert_close(policy.recurrent_state, state)
 
 
+def by_place(rank: torch.Tensor) -> torch.Tensor:
+    """The ranking of each of the two layers in falling order, whichever filters stand there."""
+    return torch.cat([layer.sort(descending=True).values for layer in (rank[:5], rank[5:])])
+
+
+def test_each_episode_has_a_taste_of_its_own_within_layers() -> None:
+    made = controller()
+    plain = ControllerPolicy(made).rank(observation())
+    orders = set()
+    for seed in range(20):
+        rank = ControllerPolicy(made, sigma=0.7, seed=seed).rank(observation())
+        orders.add(tuple(rank[:5].argsort().tolist()))
+    assert len(orders) > 1
+    assert torch.equal(ControllerPolicy(made, sigma=0.0, seed=3).rank(observation()), plain)
+
+
 def test_sigma_shifts_the_layers_by_the_same_all_through_an_episode() -> None:
     made = controller()
     plain, explored = ControllerPolicy(made), ControllerPolicy(made, sigma=0.7, seed=4)
-    shifts = [explored.rank(observation(step)) - plain.rank(observation(step)) for step in range(3)]
+    shifts = [by_place(explored.rank(observation(step))) - by_place(plain.rank(observation(step))) for step in range(3)]
     for shift in shifts:
         torch.testing.assert_close(shift, shifts[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(shift[:5], shift[:1].expand(5), atol=1e-5, rtol=1e-5)
@@ -196,9 +212,9 @@ def test_sigma_is_in_units_of_the_mask_controllers_own_spread() -> None:
 @pytest.mark.parametrize("sigma", [0.5, 2.0])
 def test_offsets_are_each_layers_own_and_a_parabola_over_depth(sigma: float) -> None:
     made = controller()
-    plain = ControllerPolicy(made).rank(observation())
-    drawn = (ControllerPolicy(made, sigma=sigma, seed=s).rank(observation()) - plain for s in range(400))
-    shifts = torch.stack([shift[[0, 5]] for shift in drawn])  # a filter of each of the two layers, at depth -1 and 1
+    plain = by_place(ControllerPolicy(made).rank(observation()))
+    drawn = (by_place(ControllerPolicy(made, sigma=sigma, seed=s).rank(observation())) - plain for s in range(400))
+    shifts = torch.stack([shift[[0, 5]] for shift in drawn])  # the first of each of the two layers, at depth -1 and 1
     # the slope moves them against each other by 1.5, the bend not at all, and each has 0.7 of its own
     sum_of_both, difference = shifts.sum(1).std(), (shifts[:, 0] - shifts[:, 1]).std()
     assert float(sum_of_both) == pytest.approx(sigma * 0.7 * 2**0.5, rel=0.15)  # standard error 3.5 %

@@ -1,0 +1,77 @@
+"""benchmarks.search on digits: what teaches, what it is on the way, and what a page says of both."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import search
+from benchmarks.ledger import Ledger
+from benchmarks.search_methods.greedy import write_curve
+from deploy.config import load
+
+
+def bench(work: Path, **changes: Any) -> search.Bench:
+    cell = search.Cell(**{
+        "network": "small", "width": 0.5, "target": 0.8, "episodes": 2, "data": "digits",
+        "extra": ("baseline.epochs=2", "episode.waypoints=4"), **changes,
+    })  # fmt: skip
+    return search.Bench(cell, Ledger(work / "results" / f"{cell.name}.jsonl"), work, math.inf)
+
+
+@pytest.mark.slow
+def test_each_campaign_goes_on_with_what_the_one_before_has_learned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(search, "TEACHING", ("episode.recovery_minibatches=4", "recovery.epochs=1"))
+    ours = bench(tmp_path)
+    stages = ours.teach([0, 1])
+    assert [stage.episodes for stage in stages] == [0, 2, 4]
+    (second,) = tmp_path.glob(f"{ours.cell.name}-1-teach-*.toml")
+    assert load(second).controller.weights == str(stages[1].weights)
+    kept = tmp_path / "results" / "controller.safetensors"
+    last = stages[-1].weights
+    assert last is not None
+    assert kept.read_bytes() == last.read_bytes()
+    played = [row for stage in stages if (row := ours.greedy(2, stage))]
+    assert [row["learned"] for row in played] == [0, 2, 4]
+    assert len({row["fingerprint"] for row in played}) == 3
+    assert all(-2 * math.log(10) <= row["return"] < 0.5 for row in played)
+    said = capsys.readouterr().out
+    assert said.count("taught by seed") == 2
+    again = bench(tmp_path)  # all of it is there
+    assert again.greedy(2, again.teach([0, 1])[-1]) == played[-1]
+    assert "greedy" not in capsys.readouterr().out
+
+
+def test_what_is_taught_explores_less_and_is_told_apart(tmp_path: Path) -> None:
+    ours = bench(tmp_path)
+    configs = {method: ours.cell.config(5, method, None) for method in search.METHODS if method not in search.PEERS}
+    assert {configs[name].search.sigma for name in ("controller", "frozen")} == {search.TAUGHT_SIGMA}
+    assert all(configs[name].search.sigma > search.TAUGHT_SIGMA for name in ("fresh", "untrained"))
+    assert configs["frozen"].search.method == configs["untrained"].search.method == "untrained"
+    assert len({ours.fingerprint(5, method) for method in configs}) == len(configs)
+    assert bench(tmp_path, episodes=4).fingerprint(5, "taylor") != ours.fingerprint(5, "taylor")
+    assert bench(tmp_path, episodes=4).cell.name == "small-0.5-0.8-4"
+
+
+def test_the_curve_by_hand(tmp_path: Path) -> None:
+    def row(learned: int, seed: int, value: float) -> dict[str, Any]:
+        return {"learned": learned, "seed": seed, "return": value, "macs": 6_000_000 + learned, "machine": "a machine"}
+
+    rows = [
+        row(0, 5, -0.20),
+        row(0, 6, -0.30),
+        row(0, 7, -0.25),
+        row(12, 5, -0.19),
+        row(12, 6, -0.27),
+        row(12, 7, -0.23),
+    ]
+    said = write_curve("cell", rows, tmp_path, "command")
+    assert "One episode without exploration on each of\n3 networks" in said
+    assert "| 0 | 3 | -0.250 (0.050) | 6.00 (0.00) | - | - |" in said
+    # gains 0.01, 0.03, 0.02: mean 0.02, standard error 0.01 / sqrt(3), t = 3.464 with 2 degrees of freedom
+    assert "| 12 | 3 | -0.230 (0.040) | 6.00 (0.00) | +0.020 (3 of 3) | 0.074 |" in said
+    assert (tmp_path / "cell-greedy.md").read_text() == said
+    assert (tmp_path / "cell-greedy.png").read_bytes().startswith(b"\x89PNG")
