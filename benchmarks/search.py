@@ -63,6 +63,7 @@ seeds. What comes out lies in benchmarks/results/search/controller.safetensors.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
+  python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4 --curve 5 6    what it then plays on other seeds
   python -m benchmarks.search --data .data --seeds 5 6 7 8 9            the first cell
   python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
   python -m benchmarks.search --quick                                   digits, a minute or two; writes to .search/
@@ -142,7 +143,7 @@ learning_rate = 0.05
 [cluster]
 dashboard = false
 """
-#: A Controller that has been taught knows where to look: a third of the exploration of one that has not (trial 18).
+#: A Controller that has been taught knows where to look: a third of the exploration of one that has not (trial 19).
 TAUGHT_SIGMA = 0.3
 #: What sets the campaigns that teach apart: nothing they deliver is used. To look further ahead than twice as far does
 #: not pay (trial 17).
