@@ -35,7 +35,9 @@ PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
 AGENTS = {"frozen": True, "untrained": False, **LEARNERS}
-METHODS = (*AGENTS, "cem", "balanced", "taylor", "gamma", "random", *PEERS)
+#: A rule under a name of its own here: its score, and how much of each layer goes.
+RULES = {"balanced-l1": ("uniform-l1", "balanced")}
+METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEERS)
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
@@ -47,6 +49,7 @@ The methods; each seed has one baseline, trained once, and every method starts f
   cem              the cross-entropy method over one offset per layer on the log Taylor score
   taylor, balanced, gamma
                    a rule repeated with fresh minibatches; balanced is the Controller's prior alone
+  balanced-l1      the same, but L1 says which filters of a layer go: what teaching came to prefer (trial 21)
   random           a random share of each layer, L1 within
   torch-pruning    the best on validation of five criteria, each at once and in ten steps
   uniform          all widths multiplied alike, trained from scratch as long as the baseline
@@ -98,7 +101,10 @@ class Cell:
             *(["data.source='digits'"] if self.data == "digits" else [f"data.path={json.dumps(self.data)}"]),
             *self.extra,
         ]
-        if method not in (*LEARNERS, *PEERS):
+        if method in RULES:
+            score, allocation = RULES[method]
+            overrides += [f'search.method="{score}"', f'search.allocation="{allocation}"']
+        elif method not in (*LEARNERS, *PEERS):
             overrides.append(f'search.method="{"untrained" if method in AGENTS else method}"')
         if AGENTS.get(method):
             overrides += [f"controller.weights={json.dumps(str(TAUGHT))}", f"search.sigma={TAUGHT_SIGMA}"]

@@ -22,6 +22,7 @@ COLOURS = {
     "untrained": "#7A4966",
     "cem": "#009E73",
     "balanced": "#56B4E9",
+    "balanced-l1": "#2B6E8F",
     "taylor": "#0072B2",
     "gamma": "#E69F00",
     "random": "#8A8A8A",
