@@ -14,8 +14,8 @@ narrow is learned, and so is what makes a filter of a layer better than another:
 
     Q(s, A) = V(s) - sum_l c_l(s) (1 / w_l - 1 / u_l) - scale * mean over A of r(s, filter)
 
-Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. The heads start
-at zero: on its first day all c are alike, and it plays `balanced`. The u_l make no difference between actions that
+Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. On its first
+day all c are alike and r is the Taylor score: it plays `balanced`. The u_l make no difference between actions that
 remove as much. They are there for learning: a shape's own part in Q is then about 0 in the mean of all episodes and at
 every step, so that V alone takes up the mean return, and few updates tell the layers apart (trial 12 of the log).
 """
@@ -48,7 +48,7 @@ class ControllerConfig:
     observation: str = "features"  # "features" | "mask" (the source's)
     hidden_size: int = 64  # of the LSTM
     layer_size: int = 32  # of the head that all layers share
-    # Reward for each unit of a set's mean advantage (mask) or residual (features): about what one standard deviation of
+    # Reward for each unit of a set's mean advantage (mask) or worth (features): about what one standard deviation of
     # a good score is worth (trial 20 of the search log).
     advantage_scale: float = 0.02
     weights: str = ""  # controller.safetensors of an earlier campaign to start from, also of one for another network
@@ -93,7 +93,7 @@ class ShapeJudgement(Judgement):
     """What the features Controller says; its advantage, which ranks, follows from the rest."""
 
     log_harm: Tensor  # float32 [T, B, L], log c
-    residual: Tensor  # float32 [T, B, F], r: added to a filter's Taylor score within its layer; 0 where gone
+    worth: Tensor  # float32 [T, B, F], r: of a filter within its layer; 0 where gone
 
 
 class Controller(QNetwork):
@@ -130,6 +130,8 @@ class Controller(QNetwork):
             self.filter_weights = nn.Linear(hidden, len(FEATURES))
             for head in (self.layer_output, self.layer_term, self.filter_weights):
                 _zero(head)
+            with torch.no_grad():
+                self.filter_weights.bias[FEATURES.index("log_taylor")] = 1.0
         _zero(self.value[-1])
 
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
@@ -165,7 +167,7 @@ class Controller(QNetwork):
         if not isinstance(judgement, ShapeJudgement):
             return set_value(judgement, action, seen.keep_mask, scale=scale)
         harm = self._harm(judgement.log_harm, self.plan.kept_per_layer(seen.keep_mask & ~action))
-        return judgement.value - harm - scale * _masked_mean(judgement.residual, action)
+        return judgement.value - harm - scale * _masked_mean(judgement.worth, action)
 
     def q_all(self, judgement: Judgement, seen: Observations) -> Tensor:
         """Q of removing each filter alone, float32 [T, B, F]; that of removing none where it is gone."""
@@ -176,7 +178,7 @@ class Controller(QNetwork):
             return judgement.value[..., None] + scale * alone
         kept = self.plan.kept_per_layer(seen.keep_mask)
         harm = self._harm(judgement.log_harm[..., None, :], one_less(kept))[..., self.layer_of]
-        alone = harm + scale * judgement.residual
+        alone = harm + scale * judgement.worth
         nothing = self._harm(judgement.log_harm, kept)[..., None]
         return judgement.value[..., None] - torch.where(seen.keep_mask, alone, nothing)
 
@@ -189,7 +191,7 @@ class Controller(QNetwork):
     def ranking(self, judgement: ShapeJudgement, seen: Observations, taste: Tensor) -> Tensor:
         """The advantages where a filter's scores within its layer weigh `taste` (float32 [3]) more: [T, B, F]."""
         within, _ = self._scores(seen, self.plan.kept_per_layer(seen.keep_mask))
-        return self._advantage(within, judgement.residual + within @ taste, judgement.log_harm, seen.keep_mask)
+        return self._advantage(judgement.worth + within @ taste, judgement.log_harm, seen.keep_mask)
 
     def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
         within, means = self._scores(seen, kept)
@@ -197,10 +199,10 @@ class Controller(QNetwork):
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         log_harm = math.log(_HARM) + shared + self.layer_term(memory)
-        residual = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
+        worth = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
         with torch.no_grad():  # it only ranks
-            advantage = self._advantage(within, residual, log_harm, seen.keep_mask)
-        return ShapeJudgement(value=value, advantage=advantage, log_harm=log_harm, residual=residual)
+            advantage = self._advantage(worth, log_harm, seen.keep_mask)
+        return ShapeJudgement(value=value, advantage=advantage, log_harm=log_harm, worth=worth)
 
     def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
@@ -211,10 +213,9 @@ class Controller(QNetwork):
         deviations = _layer_means(apart.square(), self.layer_of, kept).sqrt().clamp(min=_LEAST_DEVIATION)
         return apart / deviations[..., self.layer_of, :], means
 
-    def _advantage(self, within: Tensor, residual: Tensor, log_harm: Tensor, alive: Tensor) -> Tensor:
-        """What ranks, of the Taylor score and what is added to it: float32 [T, B, F]."""
-        quality = within[..., 0] + residual
-        flat = (quality.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
+    def _advantage(self, worth: Tensor, log_harm: Tensor, alive: Tensor) -> Tensor:
+        """What ranks: float32 [T, B, F]."""
+        flat = (worth.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
         return balanced(*flat, self.plan, self.measure).view(alive.shape)
 
     def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -28,6 +29,7 @@ from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
 from deploy.folder import CampaignFolder, read_json, write_atomic
+from deploy.teach import teach
 
 RESULTS = Path(__file__).parent / "results" / "search"
 TAUGHT = RESULTS / "controller.safetensors"
@@ -62,7 +64,8 @@ that stays the same, whatever happens to the code (the row names its commit). De
 
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
 before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
-seeds. What comes out lies in benchmarks/results/search/controller.safetensors.
+seeds. Then `zeroout teach` learns from all of their episodes together. What comes out lies in
+benchmarks/results/search/controller.safetensors.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
@@ -154,6 +157,8 @@ TAUGHT_SIGMA = 0.3
 #: What sets the campaigns that teach apart: nothing they deliver is used. To look further ahead than twice as far does
 #: not pay (trial 17).
 TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")
+#: How often each episode is learned from where all are learned from together: longer only fits their noise (trial 23).
+TOGETHER = ("replay.replay_ratio=64.0",)
 QUICK = """
 [baseline]
 epochs = 5
@@ -195,24 +200,35 @@ class Bench:
     def teach(self, seeds: list[int]) -> list[Taught]:
         """Campaigns of the Controller, one after the other, each beginning with what the one before has learned.
 
-        Returns what it was on the way, the untaught one first; not all where time was over.
+        Returns what is learned from the first n of them together, for each n, the untaught one first; not all where
+        time was over.
         """
         cell = replace(self.cell, extra=(*self.cell.extra, *TEACHING))
-        stages = [Taught(0, None)]
+        stages, folders, before = [Taught(0, None)], [], Taught(0, None)
         for seed in seeds:
             weights = self.baseline(seed)
             if weights is None:
                 return stages
-            config, begun = taught_by(cell.config(seed, "fresh", weights), stages[-1])
+            config, begun = taught_by(cell.config(seed, "fresh", weights), before)
             out = self.work / f"{cell.name}-{seed}-teach-{fingerprint(config, beyond={'begun': begun})}"
             if not campaign(config, out, f"teaching, seed {seed}", deliver=False, deadline_s=self.deadline_s):
                 return stages
             returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
-            stages.append(Taught(stages[-1].episodes + len(returns), (out / "controller.safetensors").resolve()))
+            before = Taught(before.episodes + len(returns), (out / "controller.safetensors").resolve())
+            folders.append(out)
+            stages.append(Taught(before.episodes, self.together(folders)))
         self.ledger.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.ledger.file.parent / TAUGHT.name, stages[-1].weights.read_bytes())
         return stages
+
+    def together(self, folders: list[Path]) -> Path:
+        """The Controller that `zeroout teach` makes of these campaigns; kept under their names."""
+        names = hashlib.sha256(" ".join([*(folder.name for folder in folders), *TOGETHER]).encode()).hexdigest()[:12]
+        file = (self.work / f"{self.cell.name}-taught-{names}.safetensors").resolve()
+        if not file.is_file():
+            teach([CampaignFolder.open(folder) for folder in folders], file, overrides=TOGETHER)
+        return file
 
     def greedy(self, seed: int, taught: Taught) -> Row | None:
         """The row of what a Controller plays without exploration; made if it is missing and there is time."""

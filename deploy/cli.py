@@ -1,4 +1,5 @@
-"""The command line: run | prune | transfer | resume | status | replay-info | report | compare | export | doctor.
+"""The command line: run | prune | transfer | teach | resume | status | replay-info | report | compare | export |
+doctor.
 
 Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupted (state saved).
 """
@@ -366,6 +367,24 @@ def resume(
         return load(CampaignFolder.open(path).campaign_toml)
 
     _campaign(folder, resumed, redis, refill_replay=refill_replay)
+
+
+@app.command()
+def teach(
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Campaigns of one network, finished or not.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the Controller is written (safetensors).")],
+    redis: RedisOption = "",
+    sets: SetOption = None,
+) -> None:
+    """Learn one Controller from what several campaigns have played; `run --controller FILE` begins with it.
+
+    It learns from nothing, by the first campaign's settings; how long, replay.replay_ratio says.
+    """
+    from deploy.teach import teach as learn
+
+    campaigns = [_opened(folder) for folder in folders]
+    taught = learn(campaigns, out, overrides=sets or (), redis_url=redis, say=typer.echo)
+    typer.echo(f"{out}: learned from {taught.sequences} sequences in {taught.updates} updates")
 
 
 @app.command()

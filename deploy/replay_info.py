@@ -25,7 +25,7 @@ from learner.replay.connection import connect, redact
 from learner.replay.info import QUANTILES, ReplayInfo
 from learner.replay.shards import open_replay
 
-__all__ = ["read_replay_info", "render_replay_info", "watch_replay_info"]
+__all__ = ["read_replay_info", "recorded_url", "render_replay_info", "watch_replay_info"]
 
 _APART_S = 1.0  # of the two looks from which a rate follows
 
@@ -39,7 +39,7 @@ def read_replay_info(
     second), "quantiles" with "ages" (in sequences inserted since) and "priorities" (both empty where there are none),
     and "waiting" ("learner", "actors" or None). Raises UserError when the campaign's server does not run.
     """
-    url = redis_url or _recorded_url(folder)
+    url = redis_url or recorded_url(folder)
     prefix = folder.redis_prefix()
     if prefix is None:
         raise _not_running(folder, "no search begun yet")
@@ -81,7 +81,7 @@ def watch_replay_info(folder: CampaignFolder, console: Console, redis_url: str =
             live.update(_renderable(read_replay_info(folder, redis_url)), refresh=True)
 
 
-def _recorded_url(folder: CampaignFolder) -> str:
+def recorded_url(folder: CampaignFolder) -> str:
     """Return the URL of the campaign's own server, or the one it was begun with if no password was left out of it."""
     own = running_url(folder.redis)
     if own is not None:

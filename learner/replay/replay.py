@@ -244,6 +244,15 @@ class Replay:
         times = Counter(keys)
         return int(self.race.run("reject", *(value for pair in times.items() for value in pair))) if times else 0
 
+    def held(self) -> Iterator[tuple[str, bytes]]:
+        """Yield (id, payload) of every sequence, the oldest first; what is evicted meanwhile is passed over."""
+        keys: Any = self.client.zrange(self.race.age, 0, -1)
+        for start in range(0, len(keys), _INSERT_SEQUENCES):
+            some = keys[start : start + _INSERT_SEQUENCES]
+            for key, payload in zip(some, self.race.payloads(some), strict=True):
+                if payload is not None:
+                    yield key.decode(errors="replace").partition(":")[2], payload
+
     def stats(self) -> ReplayStats:
         """Return the counters, all of one moment; may be called from any thread."""
         return stats_of(self._config, self.counts())

@@ -13,7 +13,7 @@ import dataclasses
 import logging
 import math
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -143,6 +143,11 @@ class ShardedReplay:
             names = [keys[place].partition("/")[2] for place in places]
             removed += self._of_shard(i, partial(self._replays[i].reject, names)) or 0
         return removed
+
+    def held(self) -> Iterator[tuple[str, bytes]]:
+        """Yield (id, payload) of every sequence, shard by shard, as `Replay.held`."""
+        for replay in self._replays:
+            yield from replay.held()
 
     def stats(self) -> ReplayStats:
         """Return the counters summed over all shards that can be read; may be called from any thread."""

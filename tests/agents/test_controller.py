@@ -109,13 +109,13 @@ def test_on_its_first_day_the_features_controller_ranks_as_balanced_does(measure
             torch.testing.assert_close(found - found.mean(), expected - expected.mean())
 
 
-def shaped(*, log_harm: list[float], residual: list[float]) -> ShapeJudgement:
+def shaped(*, log_harm: list[float], worth: list[float]) -> ShapeJudgement:
     """One state of PLAN's three layers of 5, 7 and 3 filters."""
     return ShapeJudgement(
         value=torch.tensor([[2.0]]),
         advantage=torch.zeros(1, 1, 15),
         log_harm=torch.tensor([[log_harm]]),
-        residual=torch.tensor([[residual]]),
+        worth=torch.tensor([[worth]]),
     )
 
 
@@ -124,12 +124,12 @@ def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
     made.usual.removed, made.usual.widths = torch.tensor([0.0]), torch.tensor([[5.0, 4.0, 2.0]])  # whatever is removed
     usual = 1 / 5 + 2 / 4 + 3 / 2
     seen.keep_mask[..., 5:7] = False
-    judgement = shaped(log_harm=[0.0, math.log(2.0), math.log(3.0)], residual=[float(i) for i in range(15)])
+    judgement = shaped(log_harm=[0.0, math.log(2.0), math.log(3.0)], worth=[float(i) for i in range(15)])
     action = torch.zeros(1, 1, 15, dtype=torch.bool)
     # left: 5, 5, 3 of the three layers
     nothing = 2.0 + usual - (1 / 5 + 2 / 5 + 3 / 3)
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(nothing)
-    action[..., [1, 4, 8]] = True  # left: 3, 4, 3; their residuals are 13 / 3 in the mean
+    action[..., [1, 4, 8]] = True  # left: 3, 4, 3; their worth is 13 / 3 in the mean
     expected = 2.0 + usual - (1 / 3 + 2 / 4 + 3 / 3) - 0.02 * 13 / 3
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
     alone = made.q_all(judgement, seen)[0, 0]
@@ -141,12 +141,12 @@ def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
 
 
-def test_what_harms_more_goes_later_and_a_residual_changes_the_order_within_its_layer() -> None:
+def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_its_layer() -> None:
     made, seen = controller("features"), observations(1, 1, dead=0.0)
     before, _ = made(seen, made.initial_state())
     with torch.no_grad():
         made.layer_term.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
-        made.filter_weights.bias.copy_(torch.tensor([-1.0, 1.0, 0.0]))
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     after, _ = made(seen, made.initial_state())
     assert isinstance(before, ShapeJudgement)
     assert isinstance(after, ShapeJudgement)
@@ -161,7 +161,7 @@ def test_what_harms_more_goes_later_and_a_residual_changes_the_order_within_its_
 def test_the_usual_shape_is_worth_the_state_s_value_whatever_is_removed() -> None:
     made, seen = trained("features"), observations(1, 1, dead=0.0)
     judgement, _ = made(seen, made.initial_state())
-    judgement = dataclasses.replace(judgement, residual=torch.zeros(1, 1, 15))
+    judgement = dataclasses.replace(judgement, worth=torch.zeros(1, 1, 15))
     for shape in made.usual.widths.long().tolist():
         action = torch.cat([torch.arange(width) >= left for width, left in zip((5, 7, 3), shape, strict=True)])
         torch.testing.assert_close(made.q_of(judgement, action[None, None], seen), judgement.value)
@@ -177,7 +177,7 @@ def test_removing_one_filter_is_judged_alike_alone_and_as_a_set() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_value_starts_at_zero_and_so_does_the_features_residual(kind: str) -> None:
+def test_the_value_starts_at_zero_and_the_features_controller_ranks_alike_whatever_the_seed(kind: str) -> None:
     made, other = controller(kind, seed=1), controller(kind, seed=2)
     judgement, _ = made(observations(), made.initial_state(3))
     judgement_other, _ = other(observations(), other.initial_state(3))
@@ -270,7 +270,7 @@ def test_a_taste_changes_the_order_within_layers_as_a_learned_weight_would() -> 
     assert torch.equal(made.ranking(judgement, seen, torch.zeros(3)), judgement.advantage)
     taste = torch.tensor([-0.5, 0.0, 2.0])
     with torch.no_grad():
-        made.filter_weights.bias.copy_(taste)
+        made.filter_weights.bias.add_(taste)
     learned, _ = made(seen, made.initial_state(2))
     found = made.ranking(judgement, seen, taste)
     torch.testing.assert_close(found[seen.keep_mask], learned.advantage[seen.keep_mask])
@@ -285,8 +285,8 @@ def test_scores_are_in_standard_deviations_of_their_layer_by_hand() -> None:
         made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
     judgement, _ = made(seen, made.initial_state())
     assert isinstance(judgement, ShapeJudgement)
-    assert judgement.residual[0, 0, 12:].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-5)
-    assert judgement.residual[0, 0, :5].tolist() == pytest.approx([0.0] * 5, abs=1e-2)
+    assert judgement.worth[0, 0, 12:].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-5)
+    assert judgement.worth[0, 0, :5].tolist() == pytest.approx([0.0] * 5, abs=1e-2)
 
 
 def test_the_features_controller_ignores_the_order_of_filters_within_a_layer() -> None:

@@ -1,0 +1,172 @@
+"""One Controller from many campaigns: what their replays hold, learned from together. Called by `zeroout teach`.
+
+A campaign that begins with what another has learned forgets of it what its own few episodes happen to speak against
+(trial 23 of the search log). Sampled side by side they are one experience, and agree where there is something to find.
+"""
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+
+from actors.player import fresh_controller
+from agents.ladder import Ladder
+from deploy.config import CampaignConfig, load
+from deploy.folder import CampaignFolder, write_atomic
+from deploy.redis_server import EmbeddedServer, running_url
+from deploy.replay_info import recorded_url
+from env.channels import ChannelPlan
+from env.compact_file import NetworkForm, form_of_file
+from env.errors import UserError
+from env.importance import FEATURES
+from env.measure import Measure
+from learner.learner import Learner
+from learner.packing import MaskPacking
+from learner.replay.connection import connect
+from learner.replay.replay import Item
+from learner.replay.shards import open_replay
+
+__all__ = ["Taught", "teach"]
+
+_SAY_PERIOD = 50  # updates
+_NEW = 1.0  # priority of a sequence before its first update: above what errors come to, so that each is seen once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Taught:
+    """What a Controller was made of."""
+
+    sequences: int
+    updates: int
+
+
+def teach(
+    folders: Sequence[CampaignFolder],
+    out: Path,
+    *,
+    overrides: Sequence[str] = (),
+    redis_url: str = "",
+    say: Callable[[str], object] = lambda _line: None,
+) -> Taught:
+    """Learn from nothing, from the replays of `folders` together, and write the Controller to `out` (safetensors).
+
+    The settings are the first campaign's with `overrides`; each sequence is sampled `replay.replay_ratio` times in the
+    mean. With equal campaigns and settings equal weights come out. `redis_url` is asked for the replay of a campaign
+    that has none of its own.
+
+    Raises:
+        UserError: a folder has no replay, or its campaign is of another network or Controller than the first's.
+        NonFiniteError: too many updates in a row were skipped.
+
+    """
+    config = load(folders[0].campaign_toml, overrides)
+    if config.cluster.threads_per_actor:  # as in a campaign: a Controller is small, and threads would only wait
+        torch.set_num_threads(config.cluster.threads_per_actor)
+    plan, measure = _plan_of(folders[0], config)
+    for folder in folders[1:]:
+        _check_alike(folder, folders[0], overrides)
+    with contextlib.ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory())
+        client = connect(stack.enter_context(EmbeddedServer(Path(scratch))).url)
+        stack.callback(client.close)
+        settings = replace(config.replay, min_sequences=0, shards=1)
+        together = open_replay([client], "zeroout:teach", settings, np.random.default_rng(config.seed))
+        sequences = 0
+        for number, folder in enumerate(folders):
+            held = together.insert(Item(f"{number}/{name}", data, _NEW) for name, data in _held(folder, redis_url))
+            if not held:
+                raise _no_replay(folder, "an empty one")
+            sequences += held
+            say(f"{folder.path}: {held} sequences")
+        ladder = Ladder(
+            plan,
+            measure=measure,
+            targets=config.episode.targets,
+            waypoints=config.episode.waypoints,
+            min_width=config.episode.min_width,
+        )
+        packing = MaskPacking(plan.units, len(FEATURES) if config.controller.observation == "features" else 0)
+        controller = fresh_controller(config.controller, plan, measure.name, start=b"", seed=config.seed)
+        learner = Learner(controller, ladder, together, config.learner, config.sequence, packing)
+        while not together.stats().learner_waiting:
+            report = learner.update()
+            if report is not None and report.updates % _SAY_PERIOD == 0:
+                say(f"{report.updates} updates: loss {report.loss:.4g}, mean priority {report.mean_priority:.4g}")
+    write_atomic(out, save_tensors({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}))
+    return Taught(sequences=sequences, updates=learner.updates)
+
+
+def _plan_of(folder: CampaignFolder, config: CampaignConfig) -> tuple[ChannelPlan, Measure]:
+    """The units of a campaign's network, and what its compression is counted against."""
+    form = _form_of(folder)
+    example = torch.zeros(1, form.channels, form.image_size, form.image_width or form.image_size)
+    as_given = ChannelPlan(replace(form, network=replace(form.network, skips="coupled")).build(), example)
+    name = config.episode.measure
+    plan = ChannelPlan(form.build(), example) if form.network.skips == "convolution" else as_given
+    return plan, Measure(name, as_given.costs(as_given.widths)[name])
+
+
+def _form_of(folder: CampaignFolder) -> NetworkForm:
+    file = folder.baseline / "model.safetensors"
+    if not file.is_file():
+        raise _no_replay(folder, "none: it has no baseline yet")
+    return form_of_file(str(file))
+
+
+def _check_alike(folder: CampaignFolder, first: CampaignFolder, overrides: Sequence[str]) -> None:
+    """UserError where the sequences of `folder` are not those of the first campaign's Controller."""
+    mine, theirs = _kind(folder, overrides), _kind(first, overrides)
+    for name, value in mine.items():
+        if value != theirs[name]:
+            raise UserError(
+                f"campaign {folder.path}",
+                expected=f"{name} as in {first.path}, {theirs[name]}",
+                got=str(value),
+                remedy="teach from campaigns of one network, with one Controller",
+            )
+
+
+def _kind(folder: CampaignFolder, overrides: Sequence[str]) -> dict[str, object]:
+    """What campaigns must have in common to be learned from together, by name."""
+    config, form = load(folder.campaign_toml, overrides), _form_of(folder)
+    return {
+        "network": replace(form.network, weights=""),
+        "image shape": (form.channels, form.image_size, form.image_width),
+        "episode.measure": config.episode.measure,
+        "controller (its sizes)": replace(config.controller, weights=""),
+        "sequence": config.sequence,
+    }
+
+
+def _held(folder: CampaignFolder, redis_url: str) -> Iterator[tuple[str, bytes]]:
+    """The sequences in a campaign's replay: (id, payload), oldest first."""
+    prefix = folder.redis_prefix()
+    if prefix is None:
+        raise _no_replay(folder, "none: its method learns nothing, or its search has not begun")
+    config = load(folder.campaign_toml).replay
+    with _server_of(folder, redis_url) as url, contextlib.closing(connect(url)) as client:
+        yield from open_replay([client], prefix, config, np.random.default_rng(0)).held()  # nothing is drawn
+
+
+@contextlib.contextmanager
+def _server_of(folder: CampaignFolder, redis_url: str) -> Iterator[str]:
+    """The URL of the server that holds a campaign's replay; its own is started where it does not run."""
+    if redis_url or not folder.redis.is_dir() or running_url(folder.redis):
+        yield redis_url or recorded_url(folder)
+    else:
+        with EmbeddedServer(folder.redis) as server:
+            yield server.url
+
+
+def _no_replay(folder: CampaignFolder, got: str) -> UserError:
+    return UserError(
+        f"campaign {folder.path}",
+        expected="one in which a Controller has learned, with its replay",
+        got=got,
+        remedy="leave it out, or give the --redis it was played with",
+    )
