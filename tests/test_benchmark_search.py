@@ -29,14 +29,15 @@ def test_each_campaign_goes_on_with_what_the_one_before_has_learned(
     stages = ours.teach([0, 1])
     assert [stage.episodes for stage in stages] == [0, 2, 4]
     (second,) = tmp_path.glob(f"{ours.cell.name}-1-teach-*.toml")
-    assert load(second).controller.weights == str(stages[1].weights)
+    (first,) = (folder for folder in tmp_path.glob(f"{ours.cell.name}-0-teach-*") if folder.is_dir())
+    assert load(second).controller.weights == str(first.resolve() / "controller.safetensors")
     kept = tmp_path / "results" / "controller.safetensors"
     last = stages[-1].weights
     assert last is not None
     assert kept.read_bytes() == last.read_bytes()
-    played = [row for stage in stages if (row := ours.greedy(2, stage))]
-    assert [row["learned"] for row in played] == [0, 2, 4]
-    assert len({row["fingerprint"] for row in played}) == 3
+    played = [row for stage in (stages[0], stages[-1]) if (row := ours.greedy(2, stage))]
+    assert [row["learned"] for row in played] == [0, 4]
+    assert len({row["fingerprint"] for row in played}) == 2
     assert all(-2 * math.log(10) <= row["return"] < 0.5 for row in played)
     said = capsys.readouterr().out
     assert said.count("taught by seed") == 2

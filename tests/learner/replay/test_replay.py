@@ -79,6 +79,12 @@ def test_a_sample_carries_what_was_inserted_with_its_probability_and_weight(make
     assert sample.weights.dtype == np.float32
 
 
+def test_all_that_is_held_comes_out_the_oldest_first(make: Any) -> None:
+    replay = make(_free(capacity_sequences=40))
+    replay.insert(_items(dict.fromkeys(range(50), 1.0)))
+    assert list(replay.held()) == [(f"s{i}", _payload(i)) for i in range(10, 50)]
+
+
 def test_importance_weights_are_the_papers() -> None:
     n, p = 4, np.array([0.5, 0.25, 0.125])
     raw = (n * p) ** -0.6

@@ -56,6 +56,13 @@ def test_one_shard_is_the_plain_replay_under_the_plain_prefix(client: redis.Redi
     assert client.hkeys(f"{{{prefix}}}:replay:data") == [b"1:s1"]
 
 
+def test_all_that_is_held_comes_out_of_every_shard(make: Any) -> None:
+    replay = make()
+    items = _items(dict.fromkeys(range(20), 1.0))
+    replay.insert(items)
+    assert sorted(replay.held()) == sorted((item.sequence_id, item.payload) for item in items)
+
+
 def test_the_sequences_are_spread_and_their_number_is_shared(make: Any, client: redis.Redis, prefix: str) -> None:
     replay = make(capacity_sequences=30)
     assert replay.insert(_items(dict.fromkeys(range(300), 1.0))) == 30
