@@ -70,7 +70,8 @@ benchmarks/results/search/controller.safetensors.
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4 --curve 5 6    what it then plays on other seeds
-  python -m benchmarks.search --data .data --seeds 5 6 7 8 9            the first cell
+  python -m benchmarks.search --data .data --episodes 4                 the first cell, seeds 5 to 9
+  python -m benchmarks.search --data .data --episodes 4 --epochs 3      the same where little retraining can be paid
   python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
   python -m benchmarks.search --quick                                   digits, a minute or two; writes to .search/
 """
@@ -85,12 +86,14 @@ class Cell:
     target: float
     episodes: int
     data: str
+    epochs: int = 0  # of recovery; 0: as long as usual
     extra: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """Of the files of results."""
-        return f"{self.network}-{self.width:g}-{self.target:g}-{self.episodes}"
+        name = f"{self.network}-{self.width:g}-{self.target:g}-{self.episodes}"
+        return f"{name}-{self.epochs}-epochs" if self.epochs else name
 
     def config(self, seed: int, method: str, weights: Path | None) -> CampaignConfig:
         """The campaign of one method; of the baseline where no weights are given."""
@@ -102,6 +105,7 @@ class Cell:
             f"episode.targets=[{self.target}]",
             f"search.episodes={self.episodes}",
             *(["data.source='digits'"] if self.data == "digits" else [f"data.path={json.dumps(self.data)}"]),
+            *([f"recovery.epochs={self.epochs}"] if self.epochs else []),
             *self.extra,
         ]
         if method in RULES:
@@ -326,7 +330,8 @@ def cells(given: argparse.Namespace) -> Iterator[Cell]:
     for target in given.targets:
         yield Cell(
             network=given.network, width=given.width, target=target, episodes=given.episodes,
-            data=given.data if given.data == "digits" else str(Path(given.data).resolve()), extra=tuple(given.set),
+            data=given.data if given.data == "digits" else str(Path(given.data).resolve()),
+            epochs=given.epochs, extra=tuple(given.set),
         )  # fmt: skip
 
 
@@ -344,6 +349,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[5, 6, 7, 8, 9], help="default 5 6 7 8 9")
     parser.add_argument("--episodes", type=int, default=12, help="of each method (default 12)")
+    parser.add_argument("--epochs", type=int, default=0, help="of recovery, for every method (default 15; digits 2)")
     parser.add_argument("--data", default=".data", help="a folder of images, or digits (default .data)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")

@@ -55,6 +55,10 @@ def test_what_is_taught_explores_less_and_is_told_apart(tmp_path: Path) -> None:
     assert len({ours.fingerprint(5, method) for method in configs}) == len(configs)
     assert bench(tmp_path, episodes=4).fingerprint(5, "taylor") != ours.fingerprint(5, "taylor")
     assert bench(tmp_path, episodes=4).cell.name == "small-0.5-0.8-4"
+    short = bench(tmp_path, episodes=4, epochs=3)
+    assert short.cell.name == "small-0.5-0.8-4-3-epochs"
+    assert short.cell.config(5, "taylor", None).recovery.epochs == 3
+    assert short.fingerprint(5, "taylor") != bench(tmp_path, episodes=4).fingerprint(5, "taylor")
 
 
 def test_the_curve_by_hand(tmp_path: Path) -> None:
