@@ -60,7 +60,7 @@ from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import SequenceConfig, cut
 
-__all__ = ["Brief", "Player", "Services", "fresh_controller"]
+__all__ = ["Brief", "Player", "Services", "fresh_controller", "ladder_of", "packing_of"]
 
 _log = logging.getLogger("zeroout")
 
@@ -92,17 +92,11 @@ class Brief:
 
     def ladder(self, plan: ChannelPlan) -> Ladder:
         """The waypoints of every episode."""
-        return Ladder(
-            plan,
-            measure=self.measure,
-            targets=self.episode.targets,
-            waypoints=self.episode.waypoints,
-            min_width=self.episode.min_width,
-        )
+        return ladder_of(self.episode, plan, self.measure)
 
     def packing(self, plan: ChannelPlan) -> MaskPacking:
         """How observations and actions travel; what the Controller does not read stays behind."""
-        return MaskPacking(plan.units, len(FEATURES) if self.controller.observation == "features" else 0)
+        return packing_of(self.controller, plan)
 
     def fresh_controller(self, plan: ChannelPlan) -> Controller:
         """The Controller before any learning."""
@@ -130,6 +124,16 @@ class Services:
         self.weights = WeightStore(client, brief.prefix)
         generator = np.random.default_rng(derive_seed(brief.seed, "replay", worker, time.time_ns()))
         self.replay = open_replay([client], brief.prefix, brief.replay, generator)
+
+
+def ladder_of(config: EpisodeConfig, plan: ChannelPlan, measure: Measure) -> Ladder:
+    """The waypoints of every episode of a campaign."""
+    return Ladder(plan, measure=measure, targets=config.targets, waypoints=config.waypoints, min_width=config.min_width)
+
+
+def packing_of(config: ControllerConfig, plan: ChannelPlan) -> MaskPacking:
+    """How a campaign's observations and actions travel; what the Controller does not read stays behind."""
+    return MaskPacking(plan.units, len(FEATURES) if config.observation == "features" else 0)
 
 
 def fresh_controller(

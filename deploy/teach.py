@@ -14,8 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save as save_tensors
 
-from actors.player import fresh_controller
-from agents.ladder import Ladder
+from actors.player import fresh_controller, ladder_of, packing_of
 from deploy.config import CampaignConfig, load
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.redis_server import EmbeddedServer, running_url
@@ -23,10 +22,8 @@ from deploy.replay_info import recorded_url
 from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, form_of_file
 from env.errors import UserError
-from env.importance import FEATURES
 from env.measure import Measure
 from learner.learner import Learner
-from learner.packing import MaskPacking
 from learner.replay.connection import connect
 from learner.replay.replay import Item
 from learner.replay.shards import open_replay
@@ -68,8 +65,7 @@ def teach(
     if config.cluster.threads_per_actor:  # as in a campaign: a Controller is small, and threads would only wait
         torch.set_num_threads(config.cluster.threads_per_actor)
     plan, measure = _plan_of(folders[0], config)
-    for folder in folders[1:]:
-        _check_alike(folder, folders[0], overrides)
+    _check_alike(folders, overrides)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         client = connect(stack.enter_context(EmbeddedServer(Path(scratch))).url)
@@ -83,14 +79,7 @@ def teach(
                 raise _no_replay(folder, "an empty one")
             sequences += held
             say(f"{folder.path}: {held} sequences")
-        ladder = Ladder(
-            plan,
-            measure=measure,
-            targets=config.episode.targets,
-            waypoints=config.episode.waypoints,
-            min_width=config.episode.min_width,
-        )
-        packing = MaskPacking(plan.units, len(FEATURES) if config.controller.observation == "features" else 0)
+        ladder, packing = ladder_of(config.episode, plan, measure), packing_of(config.controller, plan)
         controller = fresh_controller(config.controller, plan, measure.name, start=b"", seed=config.seed)
         learner = Learner(controller, ladder, together, config.learner, config.sequence, packing)
         while not together.stats().learner_waiting:
@@ -118,17 +107,18 @@ def _form_of(folder: CampaignFolder) -> NetworkForm:
     return form_of_file(str(file))
 
 
-def _check_alike(folder: CampaignFolder, first: CampaignFolder, overrides: Sequence[str]) -> None:
-    """UserError where the sequences of `folder` are not those of the first campaign's Controller."""
-    mine, theirs = _kind(folder, overrides), _kind(first, overrides)
-    for name, value in mine.items():
-        if value != theirs[name]:
-            raise UserError(
-                f"campaign {folder.path}",
-                expected=f"{name} as in {first.path}, {theirs[name]}",
-                got=str(value),
-                remedy="teach from campaigns of one network, with one Controller",
-            )
+def _check_alike(folders: Sequence[CampaignFolder], overrides: Sequence[str]) -> None:
+    """UserError where the sequences of a folder are not those of the first campaign's Controller."""
+    first = _kind(folders[0], overrides)
+    for folder in folders[1:]:
+        for name, value in _kind(folder, overrides).items():
+            if value != first[name]:
+                raise UserError(
+                    f"campaign {folder.path}",
+                    expected=f"{name} as in {folders[0].path}, {first[name]}",
+                    got=str(value),
+                    remedy="teach from campaigns of one network, with one Controller",
+                )
 
 
 def _kind(folder: CampaignFolder, overrides: Sequence[str]) -> dict[str, object]:
