@@ -4,11 +4,10 @@ import copy
 import time
 
 from actors.deciders import decider, next_candidate
-from actors.player import fresh_controller
+from actors.player import fresh_controller, ladder_of
 from actors.records import candidates, episode_record
 from actors.rollout import Rollout, StepReport, rollout
 from actors.schedule import EpisodeOrder, order
-from agents.ladder import Ladder
 from agents.policies import Policy, importance_of
 from deploy.candidates import keep_better, require_candidates
 from deploy.config import CampaignConfig
@@ -71,13 +70,7 @@ def play_alone(
 def _play(
     env: CompressionEnv, chosen: EpisodeOrder, policy: Policy, config: CampaignConfig, progress: Progress
 ) -> Rollout:
-    ladder = Ladder(
-        env.plan,
-        measure=env.recognizer.measure,
-        targets=config.episode.targets,
-        waypoints=config.episode.waypoints,
-        min_width=config.episode.min_width,
-    )
+    ladder = ladder_of(config.episode, env.plan, env.recognizer.measure)
 
     def show(now: StepReport) -> None:
         done = f"episode {chosen.episode + 1} of {config.search.total}, step {now.step} of {len(ladder)}"
