@@ -32,7 +32,8 @@ from deploy.folder import CampaignFolder, read_json, write_atomic
 from deploy.teach import teach
 
 RESULTS = Path(__file__).parent / "results" / "search"
-TAUGHT = RESULTS / "controller.safetensors"
+#: What `--teach --seeds 0 1 2 3 4` has made, from five campaigns of twelve episodes.
+TAUGHT, TAUGHT_EPISODES = RESULTS / "controller.safetensors", 60
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
@@ -65,11 +66,13 @@ that stays the same, whatever happens to the code (the row names its commit). De
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
 before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
 seeds. Then `zeroout teach` learns from all of their episodes together. What comes out lies in
-benchmarks/results/search/controller.safetensors.
+benchmarks/results/search/controller.safetensors. --curve draws what a Controller plays without exploration: after each
+campaign with --teach; without it what this one plays beside an untaught one, on whatever network.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4 --curve 5 6    what it then plays on other seeds
+  python -m benchmarks.search --data .data --network resnet18 --curve 0 1 2         and on another network
   python -m benchmarks.search --data .data --episodes 4                 the first cell, seeds 5 to 9
   python -m benchmarks.search --data .data --episodes 4 --epochs 3      the same where little retraining can be paid
   python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
@@ -234,6 +237,12 @@ class Bench:
             teach([CampaignFolder.open(folder) for folder in folders], file, overrides=TOGETHER)
         return file
 
+    def played(self, seeds: list[int], stages: list[Taught], jobs: int) -> list[Row]:
+        """The rows of what each of these Controllers plays without exploration on each seed."""
+        pairs = [(seed, stage) for seed in seeds for stage in stages]
+        with ThreadPoolExecutor(jobs) as pool:
+            return [row for row in pool.map(lambda pair: self.greedy(*pair), pairs) if row is not None]
+
     def greedy(self, seed: int, taught: Taught) -> Row | None:
         """The row of what a Controller plays without exploration; made if it is missing and there is time."""
         cell = replace(self.cell, episodes=1, extra=(*self.cell.extra, *TEACHING, "search.sigma=0.0"))
@@ -355,7 +364,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
     parser.add_argument("--teach", action="store_true", help="teach the Controller on these seeds instead")
-    also = "with --teach: draw what it plays on these seeds without exploration, after each campaign"
+    also = "draw what a Controller plays on these seeds without exploration"
     parser.add_argument("--curve", type=int, nargs="+", default=[], metavar="SEED", help=also)
     parser.add_argument("--quick", action="store_true", help="digits, 2 seeds, 12 episodes; writes to .search/ alone")
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
@@ -368,11 +377,9 @@ def main() -> None:
     for cell in cells(given):
         ledger = Ledger(given.results / f"{cell.name}.jsonl")
         bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
-        if given.teach:
-            stages = bench.teach(given.seeds)
-            with ThreadPoolExecutor(given.jobs) as pool:
-                pairs = [(seed, stage) for seed in given.curve for stage in stages]
-                played = [row for row in pool.map(lambda pair, b=bench: b.greedy(*pair), pairs) if row is not None]
+        if given.teach or given.curve:
+            stages = bench.teach(given.seeds) if given.teach else [Taught(0, None), Taught(TAUGHT_EPISODES, TAUGHT)]
+            played = bench.played(given.curve, stages, given.jobs)
             if played:
                 print(write_curve(cell.name, played, given.results, command))
             continue
