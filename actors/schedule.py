@@ -34,11 +34,15 @@ class ScheduleConfig:
     allocation: str = ""  # of a method that scores filters: "global" | "uniform" | "balanced"; "" is its usual one
     episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors (and one for a rule alone)
     actors: int = 2
-    teacher_share: float = 0.25  # of the episodes, at the start, played by heuristics
+    # Of the episodes, at the start, played by heuristics; 0, as the Controller's own first rule is the best of them
+    # (trial 8 of the search log).
+    teacher_share: float = 0.0
     teacher_rules: tuple[str, ...] = _TEACHERS  # their first round, of agents.policies.HEURISTICS
     sigma: float = 0.4  # layer offsets of an episode, natural-log units; falls to a quarter over the campaign
     controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
-    epsilon_base: float = 0.4  # R2D2's ladder: base ** (1 + alpha i / (actors - 1))
+    # R2D2's ladder: base ** (1 + alpha i / (actors - 1)); the paper's base is 0.4. 0, as the layers' offsets explore
+    # shapes (`sigma`), and random filters among them would only be noise.
+    epsilon_base: float = 0.0
     epsilon_alpha: float = 7.0
     # Steps between two snapshots of an episode in flight, from which another actor goes on where its own dies; each
     # target reached makes one too, for the recovery there is dear. 0 = never. A rule alone makes none.

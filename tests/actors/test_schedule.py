@@ -65,7 +65,9 @@ def test_groups_are_played_one_after_the_other_with_equally_many_episodes() -> N
 def test_every_episode_has_one_order_that_a_player_can_carry_out(
     episodes: int, actors: int, controls: list[str], teacher_share: float, seed: int
 ) -> None:
-    config = ScheduleConfig(episodes=episodes, actors=actors, controls=tuple(controls), teacher_share=teacher_share)
+    config = ScheduleConfig(
+        episodes=episodes, actors=actors, controls=tuple(controls), teacher_share=teacher_share, epsilon_base=0.4
+    )
     found = orders(config, seed=seed)
     assert [one.episode for one in found] == list(range(episodes * (1 + len(controls))))
     assert {one.policy for one in found} <= {*HEURISTICS, "controller", "controller-untrained", "cem"}
@@ -91,7 +93,7 @@ def test_teachers_come_first_then_the_later_ones_in_turn_then_the_controller() -
 
 
 def test_without_teachers_the_controller_plays_everything() -> None:
-    assert {one.policy for one in orders(ScheduleConfig(episodes=5, teacher_share=0.0))} == {"controller"}
+    assert {one.policy for one in orders(ScheduleConfig(episodes=5))} == {"controller"}
 
 
 def test_the_untrained_group_mirrors_the_search() -> None:
@@ -102,7 +104,7 @@ def test_the_untrained_group_mirrors_the_search() -> None:
 
 
 def test_the_epsilon_ladder_of_three_actors_by_hand() -> None:
-    config = ScheduleConfig(actors=3)
+    config = ScheduleConfig(actors=3, epsilon_base=0.4)
     assert [epsilon_ladder(i, config) for i in range(3)] == pytest.approx([0.4, 0.4**4.5, 0.4**8])
 
 
@@ -110,22 +112,22 @@ def test_the_epsilon_ladder_of_three_actors_by_hand() -> None:
 def test_the_epsilon_ladder_is_the_papers_formula(actors: int, data: st.DataObject) -> None:
     i = data.draw(st.integers(0, actors - 1))
     expected = 0.4 ** (1 + 7 * i / (actors - 1))
-    assert epsilon_ladder(i, ScheduleConfig(actors=actors)) == pytest.approx(expected)
+    assert epsilon_ladder(i, ScheduleConfig(actors=actors, epsilon_base=0.4)) == pytest.approx(expected)
 
 
 def test_a_single_actor_explores_with_the_base() -> None:
-    assert epsilon_ladder(0, ScheduleConfig(actors=1)) == pytest.approx(0.4)
+    assert epsilon_ladder(0, ScheduleConfig(actors=1, epsilon_base=0.4)) == pytest.approx(0.4)
 
 
 def test_epsilon_and_sigma_fall_over_the_campaign_by_hand() -> None:
-    config = ScheduleConfig(episodes=5, actors=2, teacher_share=0.0, sigma=0.8)
+    config = ScheduleConfig(episodes=5, actors=2, epsilon_base=0.4, sigma=0.8)
     found = orders(config)
     assert [one.sigma for one in found] == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2])
     assert [one.epsilon for one in found] == pytest.approx([0.4, 0.75 * 0.4**8, 0.5 * 0.4, 0.25 * 0.4**8, 0.0])
 
 
 def test_one_episode_is_enough_for_a_schedule() -> None:
-    (only,) = orders(ScheduleConfig(episodes=1, actors=1, teacher_share=0.9))
+    (only,) = orders(ScheduleConfig(episodes=1, actors=1, teacher_share=0.9, epsilon_base=0.4, sigma=0.4))
     assert (only.policy, only.epsilon, only.sigma) == ("controller", pytest.approx(0.4), pytest.approx(0.4))
 
 

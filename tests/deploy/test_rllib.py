@@ -307,6 +307,6 @@ def test_a_wrong_setting_is_one_clear_line(wrong: Callable[[R2D2Config], R2D2Con
 
 def test_settings_that_are_not_given_are_a_campaigns_defaults() -> None:
     campaign = R2D2Config().campaign()
-    assert (campaign.search.actors, campaign.learner.learning_rate, campaign.learner.discount) == (2, 3e-4, 0.997)
+    assert (campaign.search.actors, campaign.learner.learning_rate, campaign.learner.discount) == (2, 3e-3, 1.0)
     assert tiny(seed=5).campaign().seed == 5
     assert tiny().campaign().learner.learning_rate == 1e-3
