@@ -38,7 +38,9 @@ class ScheduleConfig:
     # (trial 8 of the search log).
     teacher_share: float = 0.0
     teacher_rules: tuple[str, ...] = _TEACHERS  # their first round, of agents.policies.HEURISTICS
-    sigma: float = 0.4  # layer offsets of an episode, natural-log units; falls to a quarter over the campaign
+    # How far an episode's layer offsets (natural-log units) and its taste for one score or another stray; falls to a
+    # quarter over the campaign. A Controller that begins with nothing (controller.weights = "") wants 0.8 (trial 19).
+    sigma: float = 0.3
     controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
     # R2D2's ladder: base ** (1 + alpha i / (actors - 1)); the paper's base is 0.4. 0, as the layers' offsets explore
     # shapes (`sigma`), and random filters among them would only be noise.

@@ -19,6 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
+from agents.controller import ControllerConfig
 from deploy.campaign import interruptible, run_campaign
 from deploy.config import CampaignConfig, dump, load
 from deploy.folder import CampaignFolder, write_atomic
@@ -145,7 +146,7 @@ def _wherever(config: CampaignConfig) -> CampaignConfig:
         config,
         data=replace(config.data, path="as given" if config.data.path else "", cache=""),
         network=replace(config.network, weights=""),
-        controller=replace(config.controller, weights=""),
+        controller=replace(config.controller, weights=ControllerConfig().weights),
     )
 
 

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from agents.controller import TAUGHT
 from benchmarks.campaigns import (
     WORK,
     baseline,
@@ -32,8 +33,8 @@ from deploy.folder import CampaignFolder, read_json, write_atomic
 from deploy.teach import teach
 
 RESULTS = Path(__file__).parent / "results" / "search"
-#: What `--teach --seeds 0 1 2 3 4` has made, from five campaigns of twelve episodes.
-TAUGHT, TAUGHT_EPISODES = RESULTS / "controller.safetensors", 60
+#: Behind `agents.controller.TAUGHT`: `--teach --seeds 0 1 2 3 4`, five campaigns of twelve.
+TAUGHT_EPISODES = 60
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
@@ -44,8 +45,8 @@ METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEE
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
-  controller       `zeroout run --controller FILE`: actors on Ray, replay in Redis, the learner; it begins with what
-                   campaigns on other seeds have taught it (--teach)
+  controller       `zeroout run`: actors on Ray, replay in Redis, the learner; it begins with what campaigns on other
+                   seeds have taught it (--teach)
   fresh            the same, beginning with nothing
   frozen, untrained
                    these two agents with the learner off: the same exploration, the weights that they begin with
@@ -65,9 +66,10 @@ that stays the same, whatever happens to the code (the row names its commit). De
 
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
 before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
-seeds. Then `zeroout teach` learns from all of their episodes together. What comes out lies in
-benchmarks/results/search/controller.safetensors. --curve draws what a Controller plays without exploration: after each
-campaign with --teach; without it what this one plays beside an untaught one, on whatever network.
+seeds. Then `zeroout teach` learns from all of their episodes together. What comes out is written to
+benchmarks/results/search/controller.safetensors; a copy of it, agents/taught.safetensors, is what campaigns begin with.
+--curve draws what a Controller plays without exploration: with --teach after each campaign; alone that copy, beside an
+untaught one, on whatever network.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
@@ -109,6 +111,7 @@ class Cell:
             f"search.episodes={self.episodes}",
             *(["data.source='digits'"] if self.data == "digits" else [f"data.path={json.dumps(self.data)}"]),
             *([f"recovery.epochs={self.epochs}"] if self.epochs else []),
+            *([] if AGENTS.get(method, True) else ['controller.weights=""', f"search.sigma={UNTAUGHT_SIGMA}"]),
             *self.extra,
         ]
         if method in RULES:
@@ -116,26 +119,16 @@ class Cell:
             overrides += [f'search.method="{score}"', f'search.allocation="{allocation}"']
         elif method not in (*LEARNERS, *PEERS):
             overrides.append(f'search.method="{"untrained" if method in AGENTS else method}"')
-        if AGENTS.get(method):
-            overrides += [f"controller.weights={json.dumps(str(TAUGHT))}", f"search.sigma={TAUGHT_SIGMA}"]
         text = QUICK if self.data == "digits" else FULL
         return parse(text, overrides, name="benchmarks.search")
 
 
-#: How the Controller explores and learns where a campaign has few episodes (trials 10 to 14 of the search log).
+#: How the Controller learns where a campaign has few episodes, beside the defaults (trials 10 to 14 of the search log).
 LEARNING = """\
 [sequence]
 unroll_length = 8
 [replay]
-replay_ratio = 200.0
-[learner]
-learning_rate = 0.003
-adam_epsilon = 0.00001
-discount = 1.0
-[search]
-teacher_share = 0.0
-epsilon_base = 0.0
-sigma = 0.8"""
+replay_ratio = 200.0"""
 #: One episode costs about half a minute on one core, most of it the recovery: a shorter one does not see what a full
 #: one will say (trials 7 and 9 of the search log), so that few episodes with a long one tell more.
 FULL = f"""
@@ -159,8 +152,8 @@ learning_rate = 0.05
 [cluster]
 dashboard = false
 """
-#: A Controller that has been taught knows where to look: a third of the exploration of one that has not (trial 19).
-TAUGHT_SIGMA = 0.3
+#: A Controller that knows nothing looks further around than one that has been taught (trial 19).
+UNTAUGHT_SIGMA = 0.8
 #: What sets the campaigns that teach apart: nothing they deliver is used. To look further ahead than twice as far does
 #: not pay (trial 17).
 TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")
@@ -226,7 +219,7 @@ class Bench:
             folders.append(out)
             stages.append(Taught(before.episodes, self.together(folders)))
         self.ledger.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.ledger.file.parent / TAUGHT.name, stages[-1].weights.read_bytes())
+        write_atomic(self.ledger.file.parent / "controller.safetensors", stages[-1].weights.read_bytes())
         return stages
 
     def together(self, folders: list[Path]) -> Path:
@@ -271,7 +264,7 @@ class Bench:
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
-        taught = {"taught": digest(TAUGHT)} if config.controller.weights else {}
+        taught = {"taught": digest(TAUGHT)} if AGENTS.get(method) else {}
         # an episode is the same with snapshots and without
         config = replace(config, search=replace(config.search, snapshot_period=0))
         ignored = [] if method in AGENTS else ["controller", "sequence", "replay", "learner"]

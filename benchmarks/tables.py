@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from agents.controller import TAUGHT
 from benchmarks.campaigns import (
     WORK,
     baseline,
@@ -30,7 +31,7 @@ from benchmarks.campaigns import (
     seconds_of,
 )
 from benchmarks.ledger import Ledger, Row
-from benchmarks.search import LEARNING, TAUGHT
+from benchmarks.search import LEARNING, UNTAUGHT_SIGMA
 from benchmarks.step import cpu_name
 from benchmarks.tables_page import write_page
 from deploy.config import CampaignConfig, dump, parse
@@ -47,7 +48,7 @@ class Arm:
     about: str  # in the table
     sets: tuple[str, ...] = ()
     learns: bool = False  # on Ray, with the machine for itself
-    taught: bool = False  # begins with the Controller that benchmarks.search --teach made
+    taught: bool = False  # begins with the Controller that comes with Zeroout
     peer: bool = False  # no campaign of ours: benchmarks/search_methods/peers.py, a run for each target
     of: str = ""  # the arm whose search this is, recovered otherwise
 
@@ -57,7 +58,10 @@ ARMS: Mapping[str, Arm] = {
     "controller": Arm(about="Controller", learns=True, taught=True),
     "distilled": Arm(about="the same, recovered by distillation", sets=("recovery.distillation=0.5",), of="controller"),
     "taylor": Arm(about="Taylor repeated", sets=('search.method="taylor"',)),
-    "untrained": Arm(about="the agent untaught, learner off", sets=('search.method="untrained"',)),
+    "untrained": Arm(
+        about="the agent untaught, learner off",
+        sets=('search.method="untrained"', f"search.sigma={UNTAUGHT_SIGMA}"),
+    ),
     "gamma": Arm(about="gamma repeated", sets=('search.method="gamma"',)),
     "random": Arm(about="random search", sets=('search.method="random"',)),
     "torch-pruning": Arm(about="Torch-Pruning, best of five", peer=True),
@@ -83,7 +87,7 @@ Each seed has one network, trained from scratch, from which every arm starts. An
 episodes with the same retraining; the best network on validation at each target is recovered alike, and judged once
 on the test split. Compression is counted on the compact network, against the network before anything was done to it.
 
-  controller       `zeroout run --controller FILE`: begins with what other seeds have taught it (benchmarks.search)
+  controller       `zeroout run`: begins with what other seeds have taught it (benchmarks.search)
   distilled        the networks of controller, recovered with half of the loss from the baseline's outputs
   untrained        the same agent untaught, its learner off
   taylor, gamma, hrank
@@ -138,6 +142,7 @@ batch_size = 256
 learning_rate = 0.1
 precision = "bfloat16"
 {LEARNING}
+[search]
 episodes = 16
 actors = 4
 [cluster]
@@ -168,6 +173,7 @@ rank_images = 160
 epochs = 3
 learning_rate = 0.05
 {LEARNING}
+[search]
 episodes = 8
 [cluster]
 dashboard = false
@@ -189,6 +195,7 @@ rank_images = 100
 [recovery]
 epochs = 2
 {LEARNING}
+[search]
 episodes = 4
 [cluster]
 dashboard = false
@@ -253,7 +260,7 @@ class Bench:
             *([] if digits else [f'network.name="{self.network}"', f"data.path={json.dumps(self.data)}"]),
             *dict.fromkeys((*first.sets, *how.sets)),
             *(['network.skips="convolution"'] if arm == "source" and self.network.startswith("resnet") else []),
-            *([f"controller.weights={json.dumps(str(TAUGHT))}"] if first.taught else []),
+            *([] if first.taught else ['controller.weights=""']),
             *self.extra,
         ]
         return parse(self.protocol, overrides, name="benchmarks.tables")

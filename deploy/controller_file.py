@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from agents.controller import Controller, ControllerConfig
+from agents.controller import TAUGHT, Controller, ControllerConfig
 from env.channels import ChannelPlan
 from env.errors import UserError
 
@@ -20,7 +20,7 @@ def read_controller(config: ControllerConfig) -> bytes:
     """
     if not config.weights:
         return b""
-    path = Path(config.weights)
+    path = TAUGHT if config.weights == "taught" else Path(config.weights)
     try:
         payload = path.read_bytes()
         load_tensors(payload)
@@ -32,12 +32,14 @@ def read_controller(config: ControllerConfig) -> bytes:
 
 
 def check_controller(config: ControllerConfig, plan: ChannelPlan) -> list[str]:
-    """Return the names of the parameters that the given Controller cannot start, as it is one for another network.
+    """Return the names of the parameters that a given file cannot start, as it is of a Controller for another network.
+
+    The file that comes with Zeroout was not chosen for this network: what of it does not fit is left out in silence.
 
     Raises UserError as `read_controller`, and when nothing of it fits.
     """
     payload = read_controller(config)
-    if not payload:
+    if not payload or config.weights == "taught":
         return []
     with torch.random.fork_rng(devices=[]):
         made = Controller(config, plan)

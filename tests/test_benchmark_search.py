@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from actors.schedule import ScheduleConfig
 from benchmarks import search
 from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
@@ -49,8 +50,9 @@ def test_each_campaign_goes_on_with_what_the_one_before_has_learned(
 def test_what_is_taught_explores_less_and_is_told_apart(tmp_path: Path) -> None:
     ours = bench(tmp_path)
     configs = {method: ours.cell.config(5, method, None) for method in search.METHODS if method not in search.PEERS}
-    assert {configs[name].search.sigma for name in ("controller", "frozen")} == {search.TAUGHT_SIGMA}
-    assert all(configs[name].search.sigma > search.TAUGHT_SIGMA for name in ("fresh", "untrained"))
+    taught, fresh = (configs["controller"], configs["frozen"]), (configs["fresh"], configs["untrained"])
+    assert {(one.controller.weights, one.search.sigma) for one in taught} == {("taught", ScheduleConfig().sigma)}
+    assert {(one.controller.weights, one.search.sigma) for one in fresh} == {("", search.UNTAUGHT_SIGMA)}
     assert configs["frozen"].search.method == configs["untrained"].search.method == "untrained"
     assert len({ours.fingerprint(5, method) for method in configs}) == len(configs)
     assert bench(tmp_path, episodes=4).fingerprint(5, "taylor") != ours.fingerprint(5, "taylor")

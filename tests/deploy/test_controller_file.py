@@ -3,6 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
@@ -11,7 +12,7 @@ from deploy.controller_file import check_controller, read_controller
 from env.channels import ChannelPlan
 from env.errors import UserError
 
-CONFIG = ControllerConfig(hidden_size=5, layer_size=4)
+CONFIG = ControllerConfig(hidden_size=5, layer_size=4, weights="")
 
 
 def plan(*widths: int) -> ChannelPlan:
@@ -31,6 +32,17 @@ def saved(path: Path, *widths: int, config: ControllerConfig = CONFIG) -> Contro
 def test_without_a_file_there_is_nothing_to_start_from() -> None:
     assert read_controller(CONFIG) == b""
     assert check_controller(CONFIG, plan(4, 6)) == []
+
+
+def test_what_comes_with_zeroout_fits_its_own_network_and_is_otherwise_left_out_in_silence() -> None:
+    payload, vgg = load_tensors(read_controller(ControllerConfig())), plan(*[4] * 13)
+    assert Controller(ControllerConfig(), vgg).adopt(payload) == []
+    assert Controller(ControllerConfig(), plan(4, 6)).adopt(payload) == [
+        "torso.0.weight",
+        "layer_term.weight",
+        "layer_term.bias",
+    ]
+    assert check_controller(replace(CONFIG, weights="taught"), plan(4, 6)) == []
 
 
 def test_of_the_same_network_everything_fits_and_of_another_what_layers_share(tmp_path: Path) -> None:
