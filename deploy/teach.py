@@ -146,8 +146,10 @@ def _held(folder: CampaignFolder, redis_url: str) -> Iterator[tuple[str, bytes]]
 @contextlib.contextmanager
 def _server_of(folder: CampaignFolder, redis_url: str) -> Iterator[str]:
     """The URL of the server that holds a campaign's replay; its own is started where it does not run."""
-    if redis_url or not folder.redis.is_dir() or running_url(folder.redis):
+    if not folder.redis.is_dir():
         yield redis_url or recorded_url(folder)
+    elif running := running_url(folder.redis):
+        yield running
     else:
         with EmbeddedServer(folder.redis) as server:
             yield server.url

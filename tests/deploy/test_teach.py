@@ -139,6 +139,14 @@ def test_what_the_campaigns_say_together_is_learned_and_twice_alike(tmp_path: Pa
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
 
+def test_a_given_redis_is_not_asked_for_the_replay_of_a_campaign_with_its_own(tmp_path: Path) -> None:
+    folders = [campaign(tmp_path / "a", seeds=range(2)), campaign(tmp_path / "b", "seed=1", seeds=range(2))]
+    nowhere, out = "redis://127.0.0.1:1/0", tmp_path / "one.safetensors"
+    with EmbeddedServer(folders[0].redis):  # one runs, the other is started
+        taught = teach(folders, out, overrides=("replay.replay_ratio=1",), redis_url=nowhere)
+    assert taught.sequences == 4
+
+
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
