@@ -36,12 +36,14 @@ _TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 def campaign(
     config: CampaignConfig, out: Path, what: str, *, deliver: bool = True, deadline_s: float = math.inf
 ) -> bool:
-    """`zeroout run`, which goes on where it was stopped; whether it has finished.
+    """`zeroout run`, which goes on where it was stopped and does nothing where it is through; whether it has finished.
 
     Without `deliver` nothing is exported or reported; see `run` for the others.
     """
-    run(["deploy.cli", "run"] if deliver else ["benchmarks.campaigns"], config, out, what, deadline_s)
-    return (out / "result.json").is_file()
+    result = out / "result.json"
+    if not result.is_file():
+        run(["deploy.cli", "run"] if deliver else ["benchmarks.campaigns"], config, out, what, deadline_s)
+    return result.is_file()
 
 
 def run(module: Sequence[str], config: CampaignConfig, out: Path, what: str, deadline_s: float = math.inf) -> None:

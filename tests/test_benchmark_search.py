@@ -36,14 +36,14 @@ def test_each_campaign_goes_on_with_what_the_one_before_has_learned(
     last = stages[-1].weights
     assert last is not None
     assert kept.read_bytes() == last.read_bytes()
-    played = ours.played([2], [stages[0], stages[-1]], jobs=1)
+    played = ours.played([1], [stages[0], stages[-1]], jobs=1)
     assert [row["learned"] for row in played] == [0, 4]
     assert len({row["fingerprint"] for row in played}) == 2
     assert all(-2 * math.log(10) <= row["return"] < 0.5 for row in played)
     said = capsys.readouterr().out
     assert said.count("taught by seed") == 2
     again = bench(tmp_path)  # all of it is there
-    assert again.greedy(2, again.teach([0, 1])[-1]) == played[-1]
+    assert again.greedy(1, again.teach([0, 1])[-1]) == played[-1]
     assert "greedy" not in capsys.readouterr().out
 
 
