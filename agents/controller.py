@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.balance import NARROWEST, UsualShapes, balanced
-from agents.network import Judgement, OverTime, QNetwork, RecurrentState
+from agents.network import DuelingJudgement, Judgement, OverTime, QNetwork, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
@@ -96,10 +96,11 @@ class Observations(OverTime):
 
 @dataclass(frozen=True, kw_only=True)
 class ShapeJudgement(Judgement):
-    """What the features Controller says; its advantage, which ranks, follows from the rest."""
+    """What the features Controller says; its advantages follow from it."""
 
     log_harm: Tensor  # float32 [T, B, L], log c
     worth: Tensor  # float32 [T, B, F], r: of a filter within its layer; 0 where gone
+    scores: Tensor  # float32 [T, B, F, 3], log scores in standard deviations from their layer's mean; 0 where gone
 
 
 class Controller(QNetwork):
@@ -149,7 +150,7 @@ class Controller(QNetwork):
         memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
         value = self.value(memory).squeeze(-1)
         if self.config.observation == "mask":
-            return Judgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
+            return DuelingJudgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
         return self._judge_shape(seen, memory, value, kept), (h[0], c[0])
 
     @torch.no_grad()
@@ -167,18 +168,33 @@ class Controller(QNetwork):
                 left.append(name)
         return left
 
-    def q_of(self, judgement: Judgement, action: Tensor, seen: Observations) -> Tensor:
+    @torch.no_grad()
+    def advantages(
+        self, judgement: DuelingJudgement | ShapeJudgement, seen: Observations, taste: Tensor | None = None
+    ) -> Tensor:
+        """What ranks the filters: float32 [T, B, F].
+
+        With a `taste` (float32 [3]) the features Controller ranks as if a filter's scores within its layer weighed so
+        much more.
+        """
+        if isinstance(judgement, DuelingJudgement):
+            return judgement.advantage.detach()
+        worth = judgement.worth if taste is None else judgement.worth + judgement.scores @ taste
+        flat = (worth.flatten(0, 1), seen.keep_mask.flatten(0, 1), judgement.log_harm.flatten(0, 1))
+        return balanced(*flat, self.plan, self.measure).view(worth.shape)
+
+    def q_of(self, judgement: DuelingJudgement | ShapeJudgement, action: Tensor, seen: Observations) -> Tensor:
         """Q(s, A) for sets of filters: bool [T, B, F] -> float32 [T, B]."""
         scale = self.config.advantage_scale
-        if not isinstance(judgement, ShapeJudgement):
+        if isinstance(judgement, DuelingJudgement):
             return set_value(judgement, action, seen.keep_mask, scale=scale)
         harm = self._harm(judgement.log_harm, self.plan.kept_per_layer(seen.keep_mask & ~action))
         return judgement.value - harm - scale * _masked_mean(judgement.worth, action)
 
-    def q_all(self, judgement: Judgement, seen: Observations) -> Tensor:
+    def q_all(self, judgement: DuelingJudgement | ShapeJudgement, seen: Observations) -> Tensor:
         """Q of removing each filter alone, float32 [T, B, F]; that of removing none where it is gone."""
         scale = self.config.advantage_scale
-        if not isinstance(judgement, ShapeJudgement):
+        if isinstance(judgement, DuelingJudgement):
             everyone = _masked_mean(judgement.advantage, seen.keep_mask)[..., None]
             alone = torch.where(seen.keep_mask, judgement.advantage - everyone, 0.0)
             return judgement.value[..., None] + scale * alone
@@ -193,22 +209,14 @@ class Controller(QNetwork):
         usual: Tensor = self.usual(left)
         return (log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
 
-    @torch.no_grad()
-    def ranking(self, judgement: ShapeJudgement, seen: Observations, taste: Tensor) -> Tensor:
-        """The advantages where a filter's scores within its layer weigh `taste` (float32 [3]) more: [T, B, F]."""
-        within, _ = self._scores(seen, self.plan.kept_per_layer(seen.keep_mask))
-        return self._advantage(judgement.worth + within @ taste, judgement.log_harm, seen.keep_mask)
-
     def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
-        within, means = self._scores(seen, kept)
+        scores, means = self._scores(seen, kept)
         inputs = self._layer_inputs(seen, kept, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         log_harm = math.log(_HARM) + shared + self.layer_term(memory)
-        worth = (within * self.filter_weights(memory)[..., None, :]).sum(-1)
-        with torch.no_grad():  # it only ranks
-            advantage = self._advantage(worth, log_harm, seen.keep_mask)
-        return ShapeJudgement(value=value, advantage=advantage, log_harm=log_harm, worth=worth)
+        worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
+        return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
 
     def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
@@ -218,11 +226,6 @@ class Controller(QNetwork):
         apart = (scores - means[..., self.layer_of, :]) * alive
         deviations = _layer_means(apart.square(), self.layer_of, kept).sqrt().clamp(min=_LEAST_DEVIATION)
         return apart / deviations[..., self.layer_of, :], means
-
-    def _advantage(self, worth: Tensor, log_harm: Tensor, alive: Tensor) -> Tensor:
-        """What ranks: float32 [T, B, F]."""
-        flat = (worth.flatten(0, 1), alive.flatten(0, 1), log_harm.flatten(0, 1))
-        return balanced(*flat, self.plan, self.measure).view(alive.shape)
 
     def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:
         """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
@@ -243,7 +246,7 @@ _LOG_SCALE = 5.0  # brings logarithms of widths, costs and scores to about [-2, 
 _LAYER_INPUTS = 7 + len(FEATURES)
 
 
-def set_value(judgement: Judgement, action: Tensor, alive: Tensor, *, scale: float) -> Tensor:
+def set_value(judgement: DuelingJudgement, action: Tensor, alive: Tensor, *, scale: float) -> Tensor:
     """Q(s, A) = V + scale * (mean advantage over A - mean over the living): bool [T, B, F] x2 -> float32 [T, B].
 
     An empty set is worth V.

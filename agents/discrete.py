@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from agents.network import Judgement, QNetwork, RecurrentState
+from agents.network import DuelingJudgement, QNetwork, RecurrentState
 
 __all__ = ["Argmax", "DiscreteConfig", "DiscreteNetwork", "EpsilonGreedy"]
 
@@ -39,7 +39,7 @@ class DiscreteNetwork(QNetwork):
         self.value = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
         self.advantage = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, config.actions))
 
-    def forward(self, seen: Tensor, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
+    def forward(self, seen: Tensor, state: RecurrentState) -> tuple[DuelingJudgement, RecurrentState]:
         """Judge T x B states in a row, starting from `state`."""
         inputs = self.torso(seen)
         if self.config.memory:
@@ -47,14 +47,18 @@ class DiscreteNetwork(QNetwork):
         else:  # every step is the first of a row of its own
             memory, _ = self.lstm(inputs.flatten(0, 1)[None])
             memory, (h, c) = memory.view(*seen.shape[:2], -1), (state[0][None], state[1][None])
-        judgement = Judgement(value=self.value(memory).squeeze(-1), advantage=self.advantage(memory))
+        judgement = DuelingJudgement(value=self.value(memory).squeeze(-1), advantage=self.advantage(memory))
         return judgement, (h[0], c[0])
 
-    def q_of(self, judgement: Judgement, action: Tensor, seen: Tensor) -> Tensor:
+    def advantages(self, judgement: DuelingJudgement, seen: Tensor) -> Tensor:
+        """As they were judged."""
+        return judgement.advantage.detach()
+
+    def q_of(self, judgement: DuelingJudgement, action: Tensor, seen: Tensor) -> Tensor:
         """Q(s, a): int64 [T, B] -> float32 [T, B]."""
         return self.q_all(judgement, seen).gather(-1, action[..., None]).squeeze(-1)
 
-    def q_all(self, judgement: Judgement, seen: Tensor) -> Tensor:
+    def q_all(self, judgement: DuelingJudgement, seen: Tensor) -> Tensor:
         """Q of every action, V + A - mean A (Wang et al. 2016, equation 9): float32 [T, B, A]."""
         return judgement.value[..., None] + judgement.advantage - judgement.advantage.mean(-1, keepdim=True)
 
@@ -62,9 +66,9 @@ class DiscreteNetwork(QNetwork):
 class Argmax:
     """The greedy action is the one of the highest advantage."""
 
-    def greedy(self, judgement: Judgement, seen: Tensor, step: Tensor) -> Tensor:
+    def greedy(self, advantages: Tensor, seen: Tensor, step: Tensor) -> Tensor:
         """int64 [T, B]."""
-        return judgement.advantage.argmax(-1)
+        return advantages.argmax(-1)
 
 
 class EpsilonGreedy:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from agents.controller import Observations
-from agents.network import Judgement
 from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.measure import Measure
@@ -159,10 +158,10 @@ class Ladder:
             tried.add(tuple(start.tolist()))
         return best
 
-    def greedy(self, judgement: Judgement, seen: Observations, step: Tensor) -> Tensor:
-        """The set that a Controller's advantages ask for at each step: bool [T, B, F]."""
+    def greedy(self, advantages: Tensor, seen: Observations, step: Tensor) -> Tensor:
+        """The set that a Controller's advantages [T, B, F] ask for at each step: bool [T, B, F]."""
         alive = seen.keep_mask
-        return self.cut(judgement.advantage.flatten(0, 1), alive.flatten(0, 1), step.flatten()).view(alive.shape)
+        return self.cut(advantages.flatten(0, 1), alive.flatten(0, 1), step.flatten()).view(alive.shape)
 
     def compression(self, keep_mask: Tensor) -> Tensor:
         """The share that a mask removes: bool [..., F] -> float64 [...]."""

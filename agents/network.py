@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ActionRule", "Judgement", "OverTime", "QNetwork", "RecurrentState"]
+__all__ = ["ActionRule", "DuelingJudgement", "Judgement", "OverTime", "QNetwork", "RecurrentState"]
 
 RecurrentState = tuple[Tensor, Tensor]  # LSTM h and c, each float32 [B, H]
 
@@ -28,9 +28,15 @@ class OverTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Judgement(OverTime):
-    """What a dueling network (Wang et al. 2016) says of T x B states."""
+    """What a network says of T x B states."""
 
     value: Tensor  # float32 [T, B]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuelingJudgement(Judgement):
+    """What a dueling network says (Wang et al. 2016)."""
+
     advantage: Tensor  # float32 [T, B, A], of each action, or of each filter
 
 
@@ -49,16 +55,23 @@ class QNetwork(nn.Module, ABC):
         """Judge T x B states in a row, starting from `state`."""
 
     @abstractmethod
-    def q_of(self, judgement: Judgement, action: Tensor, seen: Any) -> Tensor:
+    def advantages(self, judgement: Any, seen: Any) -> Tensor:
+        """What ranks the actions, or the filters, the highest first: float32 [T, B, A], without gradient.
+
+        Apart from `forward`, as most updates ask for no ranking.
+        """
+
+    @abstractmethod
+    def q_of(self, judgement: Any, action: Tensor, seen: Any) -> Tensor:
         """Q of the actions [T, B, ...]: float32 [T, B], in rescaled units."""
 
     @abstractmethod
-    def q_all(self, judgement: Judgement, seen: Any) -> Tensor:
+    def q_all(self, judgement: Any, seen: Any) -> Tensor:
         """Q of every single action: float32 [T, B, A], in rescaled units."""
 
 
 class ActionRule(Protocol):
-    """Which action a network's judgement asks for."""
+    """Which action a network's advantages ask for."""
 
-    def greedy(self, judgement: Judgement, seen: Any, step: Tensor) -> Tensor:
+    def greedy(self, advantages: Tensor, seen: Any, step: Tensor) -> Tensor:
         """The best actions [T, B, ...]; `step` int64 [T, B] is the step of the episode, from 0."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from agents.balance import balanced
-from agents.controller import Controller, Observations, ShapeJudgement
+from agents.controller import Controller, Observations
 from agents.ladder import Ladder
 from agents.network import RecurrentState
 from agents.ranking import places, places_in_layers
@@ -263,9 +263,8 @@ class ControllerPolicy:
         """Advantages plus this episode's offsets, or an exploratory ranking."""
         seen = observe(observation)
         judgement, self._state = self._controller(seen, self._state)
-        advantage: Tensor = judgement.advantage[0, 0]
-        if isinstance(judgement, ShapeJudgement) and bool(self._taste.any()):
-            advantage = self._controller.ranking(judgement, seen, self._taste.to(advantage.device))[0, 0]
+        taste = self._taste.to(self._state[0].device) if bool(self._taste.any()) else None
+        advantage = self._controller.advantages(judgement, seen, taste)[0, 0]
         # The mask Controller's advantages have no natural unit; their own spread serves.
         natural = self._controller.config.observation == "features"
         unit = 1.0 if natural else float(advantage[seen.keep_mask[0, 0]].std(correction=0))

@@ -313,7 +313,7 @@ def _q_and_targets(
     with torch.no_grad():
         if _bootstraps(batch, config.n_step):
             judged = judgement if target is online else _unroll(target, batch, burn_in)
-            greedy = actions.greedy(judgement, seen, batch.step)
+            greedy = actions.greedy(online.advantages(judgement, seen), seen, batch.step)
             values = unrescale(target.q_of(judged, greedy, seen).float())
         else:
             values = torch.zeros_like(judgement.value)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.controller import Controller, ControllerConfig, Observations, ShapeJudgement, set_value
-from agents.network import Judgement, RecurrentState
+from agents.network import DuelingJudgement, RecurrentState
 from agents.policies import heuristic
 from env.channels import ChannelPlan
 from env.errors import UserError
@@ -68,7 +68,7 @@ def q(made: Controller, seen: Observations) -> Tensor:
 
 
 def test_the_value_of_a_set_by_hand() -> None:
-    judgement = Judgement(
+    judgement = DuelingJudgement(
         value=torch.tensor([[1.0, -2.0, 0.5]]),
         advantage=torch.tensor([[[4.0, 0.0, 2.0, 100.0], [1.0, 3.0, 5.0, 7.0], [1.0, 2.0, 3.0, 4.0]]]),
     )
@@ -80,13 +80,16 @@ def test_the_value_of_a_set_by_hand() -> None:
 
 
 def test_the_value_of_all_that_live_is_the_state_s() -> None:
-    judgement, alive = Judgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7)), torch.rand(5, 3, 7) < 0.6
+    judgement, alive = (
+        DuelingJudgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7)),
+        torch.rand(5, 3, 7) < 0.6,
+    )
     torch.testing.assert_close(set_value(judgement, alive, alive, scale=2.0), judgement.value)
 
 
 def test_the_value_of_a_set_ignores_what_all_advantages_share() -> None:
-    judgement = Judgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7))
-    raised = Judgement(value=judgement.value, advantage=judgement.advantage + 3.0)
+    judgement = DuelingJudgement(value=torch.randn(5, 3), advantage=torch.randn(5, 3, 7))
+    raised = DuelingJudgement(value=judgement.value, advantage=judgement.advantage + 3.0)
     alive = torch.rand(5, 3, 7) < 0.9
     action = alive & (torch.rand(5, 3, 7) < 0.5)
     torch.testing.assert_close(
@@ -99,13 +102,14 @@ def test_on_its_first_day_the_features_controller_ranks_as_balanced_does(measure
     seen = observations()
     made = controller("features", measure=measure)
     judgement, _ = made(seen, (torch.randn(3, 11), torch.randn(3, 11)))
-    assert judgement.advantage.shape == (5, 3, 15)
+    advantages = made.advantages(judgement, seen)
+    assert advantages.shape == (5, 3, 15)
     policy = heuristic("balanced", PLAN, seed=0, measure=measure)
     for time in range(5):
         for row in range(3):
             alive, features = seen.keep_mask[time, row], seen.features[time, row].numpy()
             expected = policy.rank({"keep_mask": alive.numpy(), "features": features})[alive]
-            found = judgement.advantage[time, row][alive]
+            found = advantages[time, row][alive]
             torch.testing.assert_close(found - found.mean(), expected - expected.mean())
 
 
@@ -113,9 +117,9 @@ def shaped(*, log_harm: list[float], worth: list[float]) -> ShapeJudgement:
     """One state of PLAN's three layers of 5, 7 and 3 filters."""
     return ShapeJudgement(
         value=torch.tensor([[2.0]]),
-        advantage=torch.zeros(1, 1, 15),
         log_harm=torch.tensor([[log_harm]]),
         worth=torch.tensor([[worth]]),
+        scores=torch.zeros(1, 1, 15, 3),
     )
 
 
@@ -144,6 +148,7 @@ def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
 def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_its_layer() -> None:
     made, seen = controller("features"), observations(1, 1, dead=0.0)
     before, _ = made(seen, made.initial_state())
+    ranked = made.advantages(before, seen)[0, 0]
     with torch.no_grad():
         made.layer_term.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
         made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
@@ -152,9 +157,10 @@ def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_it
     assert isinstance(after, ShapeJudgement)
     torch.testing.assert_close(after.log_harm - before.log_harm, torch.tensor([[[0.0, 2.0, 0.0]]]))
     middle = slice(5, 12)
-    assert float((after.advantage - before.advantage)[0, 0, middle].mean()) == pytest.approx(-2.0, abs=1e-5)
+    ranked_after = made.advantages(after, seen)[0, 0]
+    assert float((ranked_after - ranked)[middle].mean()) == pytest.approx(-2.0, abs=1e-5)
     # gamma decides now instead of Taylor
-    order = after.advantage[0, 0, middle].argsort(descending=True)
+    order = ranked_after[middle].argsort(descending=True)
     assert torch.equal(order, seen.features[0, 0, middle, 1].argsort())
 
 
@@ -179,10 +185,12 @@ def test_removing_one_filter_is_judged_alike_alone_and_as_a_set() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_value_starts_at_zero_and_the_features_controller_ranks_alike_whatever_the_seed(kind: str) -> None:
     made, other = controller(kind, seed=1), controller(kind, seed=2)
-    judgement, _ = made(observations(), made.initial_state(3))
-    judgement_other, _ = other(observations(), other.initial_state(3))
+    seen = observations()
+    judgement, _ = made(seen, made.initial_state(3))
+    judgement_other, _ = other(seen, other.initial_state(3))
     assert bool((judgement.value == 0).all())
-    assert torch.equal(judgement.advantage, judgement_other.advantage) == (kind == "features")
+    ranked, ranked_other = made.advantages(judgement, seen), other.advantages(judgement_other, seen)
+    assert torch.equal(ranked, ranked_other) == (kind == "features")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -199,10 +207,11 @@ def test_steps_one_by_one_equal_all_at_once(kind: str) -> None:
     made, seen = trained(kind), observations(7, 3, seed=4)
     state: RecurrentState = (torch.randn(3, 11), torch.randn(3, 11))
     together, last = made(seen, state)
+    ranked = made.advantages(together, seen)
     for time in range(7):
         one, state = made(seen[time : time + 1], state)
         torch.testing.assert_close(one.value[0], together.value[time])
-        torch.testing.assert_close(one.advantage[0], together.advantage[time])
+        torch.testing.assert_close(made.advantages(one, seen[time : time + 1])[0], ranked[time])
     torch.testing.assert_close(state, last)
     assert state[0].shape == (3, 11)
 
@@ -227,7 +236,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(kind: str) -> None:
     )
     alone, _ = made(parts, made.initial_state(1))
     torch.testing.assert_close(alone.value[:, 0], together.value[:, 1])
-    torch.testing.assert_close(alone.advantage[:, 0], together.advantage[:, 1])
+    torch.testing.assert_close(made.advantages(alone, parts)[:, 0], made.advantages(together, seen)[:, 1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -241,7 +250,8 @@ def test_what_is_said_of_dead_filters_does_not_matter(kind: str) -> None:
     judgement, state = made(seen, made.initial_state(3))
     judgement_changed, state_changed = made(changed, made.initial_state(3))
     torch.testing.assert_close(judgement_changed.value, judgement.value)
-    torch.testing.assert_close(judgement_changed.advantage[seen.keep_mask], judgement.advantage[seen.keep_mask])
+    ranked, ranked_changed = made.advantages(judgement, seen), made.advantages(judgement_changed, changed)
+    torch.testing.assert_close(ranked_changed[seen.keep_mask], ranked[seen.keep_mask])
     torch.testing.assert_close(state_changed, state)
     torch.testing.assert_close(q(made, changed), q(made, seen))
 
@@ -266,15 +276,15 @@ def test_the_mask_controller_sees_which_filter_and_the_features_one_how_many(kin
 def test_a_taste_changes_the_order_within_layers_as_a_learned_weight_would() -> None:
     made, seen = controller("features"), observations(2, 2, dead=0.3)
     judgement, _ = made(seen, made.initial_state(2))
-    assert isinstance(judgement, ShapeJudgement)
-    assert torch.equal(made.ranking(judgement, seen, torch.zeros(3)), judgement.advantage)
+    ranked = made.advantages(judgement, seen)
+    assert torch.equal(made.advantages(judgement, seen, torch.zeros(3)), ranked)
     taste = torch.tensor([-0.5, 0.0, 2.0])
     with torch.no_grad():
         made.filter_weights.bias.add_(taste)
     learned, _ = made(seen, made.initial_state(2))
-    found = made.ranking(judgement, seen, taste)
-    torch.testing.assert_close(found[seen.keep_mask], learned.advantage[seen.keep_mask])
-    assert not torch.equal(found, judgement.advantage)
+    found = made.advantages(judgement, seen, taste)
+    torch.testing.assert_close(found[seen.keep_mask], made.advantages(learned, seen)[seen.keep_mask])
+    assert not torch.equal(found, ranked)
 
 
 def test_scores_are_in_standard_deviations_of_their_layer_by_hand() -> None:
@@ -300,7 +310,9 @@ def test_the_features_controller_ignores_the_order_of_filters_within_a_layer() -
     )
     judgement, _ = made(seen, made.initial_state(2))
     judgement_shuffled, _ = made(shuffled, made.initial_state(2))
-    torch.testing.assert_close(judgement_shuffled.advantage, judgement.advantage[..., order])
+    torch.testing.assert_close(
+        made.advantages(judgement_shuffled, shuffled), made.advantages(judgement, seen)[..., order]
+    )
     torch.testing.assert_close(judgement_shuffled.value, judgement.value)
 
 
@@ -314,7 +326,7 @@ def test_a_network_at_its_narrowest_is_judged_finitely(kind: str) -> None:
         accuracy=torch.zeros(1, 1), compression=torch.ones(1, 1), keep_mask=keep_mask, features=features
     )
     judgement, state = made(seen, made.initial_state())
-    assert bool(judgement.advantage.isfinite().all())
+    assert bool(made.advantages(judgement, seen).isfinite().all())
     assert bool(torch.cat(state).isfinite().all())
     assert bool(q(made, seen).isfinite().all())
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from agents.discrete import Argmax, DiscreteConfig, DiscreteNetwork, EpsilonGreedy
-from agents.network import Judgement
+from agents.network import DuelingJudgement
 
 torch.set_num_threads(1)
 
@@ -18,11 +18,11 @@ def network(*, memory: bool = True, seed: int = 0, actions: int = 3) -> Discrete
 
 
 def test_q_is_value_plus_advantage_less_its_mean() -> None:
-    judgement = Judgement(value=torch.tensor([[2.0]]), advantage=torch.tensor([[[1.0, 3.0, 5.0]]]))
+    judgement = DuelingJudgement(value=torch.tensor([[2.0]]), advantage=torch.tensor([[[1.0, 3.0, 5.0]]]))
     made, seen = network(), torch.zeros(1, 1, 2)
     assert made.q_all(judgement, seen).tolist() == [[[0.0, 2.0, 4.0]]]
     assert made.q_of(judgement, torch.tensor([[2]]), seen).tolist() == [[4.0]]
-    assert Argmax().greedy(judgement, seen, torch.zeros(1, 1)).tolist() == [[2]]
+    assert Argmax().greedy(made.advantages(judgement, seen), seen, torch.zeros(1, 1)).tolist() == [[2]]
 
 
 def test_steps_in_a_row_are_judged_as_one_after_the_other() -> None:

@@ -166,7 +166,7 @@ def test_without_exploration_the_controllers_advantage_is_played(kind: str) -> N
         torch.testing.assert_close(policy.recurrent_state, state)
         rank = policy.rank(observation(step))
         judgement, state = made(observe(observation(step)), state)
-        torch.testing.assert_close(rank, judgement.advantage[0, 0])
+        torch.testing.assert_close(rank, made.advantages(judgement, observe(observation(step)))[0, 0])
     torch.testing.assert_close(policy.recurrent_state, state)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from agents.controller import Controller, ControllerConfig, Observations
 from agents.ladder import Ladder
-from agents.network import Judgement, RecurrentState
+from agents.network import DuelingJudgement, Judgement, RecurrentState
 from env.channels import ChannelPlan
 from env.errors import NonFiniteError, UserError
 from env.measure import Measure
@@ -279,7 +279,7 @@ def test_delta_q_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     q[0, 0, 0], q[3, 0, :2] = 2.0, torch.tensor([5.0, -1.0])
 
     def forward(seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
-        return Judgement(value=torch.zeros(len(seen.accuracy), 1), advantage=torch.zeros(1)), state
+        return Judgement(value=torch.zeros(len(seen.accuracy), 1)), state
 
     def q_all(judgement: Judgement, seen: Observations) -> torch.Tensor:
         return q if len(judgement.value) > 1 else torch.ones(1, 1, units)
@@ -350,11 +350,11 @@ def test_the_set_is_chosen_by_the_online_network_and_valued_by_the_target_networ
         states=np.zeros((2, 2, HIDDEN), np.float32),
         terminated=True,
     )
-    online = Judgement(
+    online = DuelingJudgement(
         value=torch.tensor([[0.7], [0.3], [99.0]], requires_grad=True),
         advantage=torch.tensor([[4.0, 0, 0, 0], [9, 0, 3, 6], [0, 0, 0, 0]])[:, None],
     )
-    target = Judgement(
+    target = DuelingJudgement(
         value=torch.tensor([[99.0], [1.303], [99.0]]),
         advantage=torch.tensor([[0.0, 0, 0, 0], [50, 5, 2, -1], [0, 0, 0, 0]])[:, None],
     )
