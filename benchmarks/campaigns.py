@@ -5,6 +5,7 @@
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -12,7 +13,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,18 @@ def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> int:
     return _INTERRUPTED
 
 
+@contextlib.contextmanager
+def ended_as_a_command() -> Iterator[None]:
+    """What is raised becomes an exit code, and a line for a user's mistake; SIGTERM interrupts."""
+    try:
+        with interruptible():
+            yield
+    except KeyboardInterrupt:
+        sys.exit(_INTERRUPTED)
+    except ZerooutError as error:
+        sys.exit(f"zeroout: {error}")
+
+
 def beside(out: Path, suffix: str) -> Path:
     """A file of a campaign's own beside its folder, whose name has dots in it."""
     return out.with_name(out.name + suffix)
@@ -172,17 +185,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--baseline", action="store_true", help="end when it is there")
     given = parser.parse_args()
-    try:
+    with ended_as_a_command():
         config, progress = load(given.config), PlainProgress(Console())
-        with interruptible():
-            if given.baseline:
-                prepare(CampaignFolder.create(given.out, dump(config)), config, preflight(config), progress)
-            else:
-                run_campaign(given.out, config, redis_url="", progress=progress, deliver=False)
-    except KeyboardInterrupt:
-        sys.exit(_INTERRUPTED)
-    except ZerooutError as error:
-        sys.exit(f"zeroout: {error}")
+        if given.baseline:
+            prepare(CampaignFolder.create(given.out, dump(config)), config, preflight(config), progress)
+        else:
+            run_campaign(given.out, config, redis_url="", progress=progress, deliver=False)
 
 
 if __name__ == "__main__":

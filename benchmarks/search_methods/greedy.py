@@ -13,6 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks.campaigns import ended_as_a_command
 from benchmarks.paired import difference, spread
 from deploy.alone import play_alone
 from deploy.config import dump, load
@@ -97,10 +98,11 @@ def main() -> None:
     parser.add_argument("config", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
-    config, progress = load(given.config), make_progress(Console())
-    dataset = preflight(config)
-    folder = CampaignFolder.create(given.out, dump(config))
-    play_alone(folder, config, dataset, prepare(folder, config, dataset, progress), progress)
+    with ended_as_a_command():
+        config, progress = load(given.config), make_progress(Console())
+        dataset = preflight(config)
+        folder = CampaignFolder.create(given.out, dump(config))
+        play_alone(folder, config, dataset, prepare(folder, config, dataset, progress), progress)
 
 
 if __name__ == "__main__":

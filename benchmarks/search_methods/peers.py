@@ -16,6 +16,7 @@ import torch_pruning as tp
 from rich.console import Console
 from torch import nn
 
+from benchmarks.campaigns import ended_as_a_command
 from deploy.config import dump, load
 from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.prepare import Baseline, preflight, prepare, train_shown
@@ -209,7 +210,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    run(given.method, given.config, given.out, make_progress(Console(stderr=True)))
+    with ended_as_a_command():
+        run(given.method, given.config, given.out, make_progress(Console(stderr=True)))
 
 
 if __name__ == "__main__":
