@@ -243,7 +243,8 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         super().reset(seed=seed)
         if seed is not None and seed != self.seed:
             self.seed, self._start = seed, None
-        self._body, self._step = self.recognizer.full(), 0
+        self._set_body(self.recognizer.full())
+        self._step = 0
         if self._start is None:
             accuracy = self.recognizer.evaluate(self._body, self._step_split).accuracy
             self._start = accuracy, self._scores(), self._importance()
@@ -278,17 +279,18 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         seed, step, accuracy = int(state["seed"]), int(state["step"]), float(state["accuracy"])
         if seed != self.seed:
             self.seed, self._start = seed, None
-        self._body, self._step, self._accuracy = body, step, accuracy
+        self._set_body(body)
+        self._step, self._accuracy = step, accuracy
         self._filter_scores, self._filter_importance = state["scores"], state["importance"]
 
     def step(self, action: np.ndarray) -> tuple[dict[str, Any], float, bool, bool, dict[str, Any]]:
         """Zero the filters of `action` (int [F]), retrain, measure."""
         self._clock = _Clock()
         keep_mask, refused = self._allowed(torch.as_tensor(action).bool())
-        before, accuracy_before = self.recognizer.compression(self._body.keep_mask), self._accuracy
-        self._body = self.recognizer.zero(self._body, keep_mask)
+        before, accuracy_before = self._compression, self._accuracy
+        self._set_body(self.recognizer.zero(self._body, keep_mask))
         self._clock.phase("compact")
-        after = self.recognizer.compression(keep_mask)
+        after = self._compression
         terminated, collapsed = after >= self.config.targets[-1], False
         reached: list[TargetReached] = []
         try:
@@ -304,6 +306,9 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
         reward = self._reward(reached, accuracy_before, terminated=terminated, collapsed=collapsed)
         info = {"step": self._step, "refused": refused, "reached": reached, "collapsed": collapsed}
         return self._observation(), reward, terminated, truncated, info
+
+    def _set_body(self, body: Body) -> None:
+        self._body, self._compression = body, self.recognizer.compression(body.keep_mask)
 
     def _retrain(self, *, terminated: bool) -> None:
         """Retrain the present network and measure it; the scores only where another decision follows."""
@@ -388,7 +393,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
     def _observation(self) -> dict[str, Any]:
         observation = {
             "accuracy": np.array([self._accuracy], np.float32),
-            "compression": np.array([self.recognizer.compression(self._body.keep_mask)], np.float32),
+            "compression": np.array([self._compression], np.float32),
             "keep_mask": self._body.keep_mask.numpy().astype(np.int8),
         }
         if self.features:  # the last scores, where an episode ends without new ones
