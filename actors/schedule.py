@@ -11,10 +11,22 @@ from agents.policies import ALLOCATIONS, HEURISTICS, SCORING
 from env.errors import UserError
 from env.seeds import derive_seed
 
-__all__ = ["CONTROLS", "METHODS", "EpisodeOrder", "ScheduleConfig", "epsilon_ladder", "order"]
+__all__ = [
+    "CONTROLS",
+    "METHODS",
+    "TAUGHT_SIGMA",
+    "UNTAUGHT_SIGMA",
+    "EpisodeOrder",
+    "ScheduleConfig",
+    "epsilon_ladder",
+    "order",
+]
 
 #: Groups that a campaign can compare the Controller with.
 CONTROLS = ("random", "taylor", "balanced", "gamma", "hrank", "fpgm", "l2", "cem", "untrained")
+
+#: How far a Controller explores that has been taught before, and one that begins with nothing.
+TAUGHT_SIGMA, UNTAUGHT_SIGMA = 0.3, 0.8
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
 METHODS = (
@@ -39,8 +51,8 @@ class ScheduleConfig:
     teacher_share: float = 0.0
     teacher_rules: tuple[str, ...] = _TEACHERS  # their first round, of agents.policies.HEURISTICS
     # How far an episode's layer offsets (natural-log units) and its taste for one score or another stray; falls to a
-    # quarter over the campaign. A Controller that begins with nothing (controller.weights = "") wants 0.8 (trial 19).
-    sigma: float = 0.3
+    # quarter over the campaign. -1 is 0.8, or 0.3 in a campaign whose Controller has been taught (trial 19).
+    sigma: float = -1.0
     controls: tuple[str, ...] = ()  # of CONTROLS; each plays as many episodes as the Controller's group
     # R2D2's ladder: base ** (1 + alpha i / (actors - 1)); the paper's base is 0.4. 0, as the layers' offsets explore
     # shapes (`sigma`), and random filters among them would only be noise.
@@ -59,7 +71,7 @@ class ScheduleConfig:
                 )
         ranges = {
             "teacher_share": (0 <= self.teacher_share < 1, "in [0, 1)"),
-            "sigma": (0 <= self.sigma < math.inf, "a number of at least 0"),
+            "sigma": (0 <= self.sigma < math.inf or self.sigma == -1, "a number of at least 0, or -1 for the usual"),
             "epsilon_base": (0 <= self.epsilon_base <= 1, "in [0, 1]"),
             "epsilon_alpha": (0 <= self.epsilon_alpha < math.inf, "a number of at least 0"),
         }
@@ -105,6 +117,11 @@ class ScheduleConfig:
                 got=repr(list(self.controls)),
                 remedy="leave out what is not among them",
             )
+
+    @property
+    def exploration(self) -> float:
+        """`sigma`, of a Controller that begins with nothing where it is not given."""
+        return self.sigma if self.sigma >= 0 else UNTAUGHT_SIGMA
 
     @property
     def groups(self) -> tuple[str, ...]:
@@ -181,7 +198,11 @@ def _learner_or_teacher(config: ScheduleConfig, group: str, place: int) -> tuple
     own = config.per_group - config.teachers
     left = 1.0 - (place - config.teachers) / max(own - 1, 1)
     epsilon = epsilon_ladder(place % config.actors, config) * left
-    return ("controller" if group == "search" else "controller-untrained"), epsilon, config.sigma * (0.25 + 0.75 * left)
+    return (
+        ("controller" if group == "search" else "controller-untrained"),
+        epsilon,
+        config.exploration * (0.25 + 0.75 * left),
+    )
 
 
 def epsilon_ladder(actor: int, config: ScheduleConfig) -> float:

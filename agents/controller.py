@@ -35,10 +35,11 @@ from env.errors import UserError
 from env.importance import FEATURES
 from env.measure import log_freed, one_less
 
-__all__ = ["TAUGHT", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
+__all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-#: What 60 episodes on quarter-width VGG16 and CIFAR-10 have taught (trial 23 of the search log), as safetensors.
-TAUGHT = Path(__file__).with_name("taught.safetensors")
+#: What 60 episodes on quarter-width VGG16 and CIFAR-10 have taught (trial 23 of the search log), as safetensors, and the
+#: network that it is for: on ResNet18 it is no help (trial 26).
+TAUGHT, TAUGHT_ON = Path(__file__).with_name("taught.safetensors"), "vgg16"
 
 _HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
 _LEAST_DEVIATION = 1e-4  # natural-log units; filters that differ by less are alike
@@ -55,8 +56,8 @@ class ControllerConfig:
     # Reward for each unit of a set's mean advantage (mask) or worth (features): about what one standard deviation of
     # a good score is worth (trial 20 of the search log).
     advantage_scale: float = 0.02
-    # What it starts from, as far as it fits: "taught", the file that comes with Zeroout; the controller.safetensors of
-    # an earlier campaign, also of one for another network; "" for nothing.
+    # What it starts from: "taught", the file that comes with Zeroout, on the network and with the sizes that it was
+    # taught with; the controller.safetensors of an earlier campaign, as far as it fits; "" for nothing.
     weights: str = "taught"
 
     def __post_init__(self) -> None:

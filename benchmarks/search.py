@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from actors.schedule import UNTAUGHT_SIGMA
 from agents.controller import TAUGHT
 from benchmarks.campaigns import (
     WORK,
@@ -152,8 +153,6 @@ learning_rate = 0.05
 [cluster]
 dashboard = false
 """
-#: A Controller that knows nothing looks further around than one that has been taught (trial 19).
-UNTAUGHT_SIGMA = 0.8
 #: What sets the campaigns that teach apart: nothing they deliver is used. To look further ahead than twice as far does
 #: not pay (trial 17).
 TEACHING = ("episode.recovery_minibatches=1200", "recovery.epochs=1")

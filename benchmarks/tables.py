@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from actors.schedule import UNTAUGHT_SIGMA
 from agents.controller import TAUGHT
 from benchmarks.campaigns import (
     WORK,
@@ -31,7 +32,7 @@ from benchmarks.campaigns import (
     seconds_of,
 )
 from benchmarks.ledger import Ledger, Row
-from benchmarks.search import LEARNING, UNTAUGHT_SIGMA
+from benchmarks.search import LEARNING
 from benchmarks.step import cpu_name
 from benchmarks.tables_page import write_page
 from deploy.config import CampaignConfig, dump, parse

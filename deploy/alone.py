@@ -38,13 +38,13 @@ def play_alone(
     )
     importance = importance_of(config.search.method)
     env = CompressionEnv(recognizer, config.episode, features=True, importance=importance, seed=config.seed)
-    start, measure = read_controller(config.controller), baseline.measure.name
+    start, measure = read_controller(config.controller_start), baseline.measure.name
     controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
     records = folder.read_episodes()
     recorded = {record["id"] for record in records}
     with EventFiles(folder.tensorboard, records) as events:
         for episode in sorted(set(range(config.search.total)) - recorded):
-            chosen = order(config.search, episode, seed=config.seed)
+            chosen = order(config.schedule, episode, seed=config.seed)
             started_s = time.perf_counter()
             offsets = next_candidate(
                 chosen, folder.read_episodes, len(env.plan.layers), episodes=config.search.per_group

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import tomli_w
 
-from actors.schedule import ScheduleConfig
-from agents.controller import ControllerConfig
+from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
+from agents.controller import TAUGHT, TAUGHT_ON, ControllerConfig
 from env.compression import EpisodeConfig
 from env.data import DataConfig
 from env.errors import UserError
@@ -103,6 +103,20 @@ class CampaignConfig:
     def has_limit(self) -> bool:
         """Whether the smallest network within `max_drop` is looked for."""
         return self.max_drop >= 0.0
+
+    @property
+    def controller_start(self) -> Path | None:
+        """The file that the Controller begins with; None for nothing."""
+        weights, sizes = self.controller.weights, dataclasses.replace(self.controller, weights="taught")
+        if weights != "taught":
+            return Path(weights) if weights else None
+        return TAUGHT if self.network.name == TAUGHT_ON and sizes == ControllerConfig() else None
+
+    @property
+    def schedule(self) -> ScheduleConfig:
+        """`search`, with how far is explored where it does not say."""
+        taught = self.search.sigma < 0 and self.controller_start is not None
+        return dataclasses.replace(self.search, sigma=TAUGHT_SIGMA) if taught else self.search
 
     @property
     def replay_in_search(self) -> ReplayConfig:

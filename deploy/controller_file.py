@@ -6,21 +6,20 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 
-from agents.controller import TAUGHT, Controller, ControllerConfig
+from agents.controller import Controller, ControllerConfig
 from env.channels import ChannelPlan
 from env.errors import UserError
 
 __all__ = ["check_controller", "read_controller"]
 
 
-def read_controller(config: ControllerConfig) -> bytes:
-    """Return the file that a new campaign's Controller starts from; nothing where the configuration names none.
+def read_controller(path: Path | None) -> bytes:
+    """Return the file that a new campaign's Controller starts from; nothing where there is none.
 
     Raises UserError when it is missing or no safetensors file.
     """
-    if not config.weights:
+    if path is None:
         return b""
-    path = TAUGHT if config.weights == "taught" else Path(config.weights)
     try:
         payload = path.read_bytes()
         load_tensors(payload)
@@ -31,21 +30,19 @@ def read_controller(config: ControllerConfig) -> bytes:
     return payload
 
 
-def check_controller(config: ControllerConfig, plan: ChannelPlan) -> list[str]:
-    """Return the names of the parameters that a given file cannot start, as it is of a Controller for another network.
-
-    The file that comes with Zeroout was not chosen for this network: what of it does not fit is left out in silence.
+def check_controller(path: Path | None, config: ControllerConfig, plan: ChannelPlan) -> list[str]:
+    """Return the names of the parameters that the file cannot start, as it is of a Controller for another network.
 
     Raises UserError as `read_controller`, and when nothing of it fits.
     """
-    payload = read_controller(config)
-    if not payload or config.weights == "taught":
+    payload = read_controller(path)
+    if path is None:
         return []
     with torch.random.fork_rng(devices=[]):
         made = Controller(config, plan)
     left = made.adopt(load_tensors(payload))
     if len(left) == len(made.state_dict()):
-        raise _unfit(Path(config.weights), "tensors of which none fits, in name and shape")
+        raise _unfit(path, "tensors of which none fits, in name and shape")
     return left
 
 

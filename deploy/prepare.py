@@ -104,7 +104,7 @@ def preflight(
         )
     if config.episode.measure == "macs":
         _check_macs(plan, warn)
-    left = check_controller(config.controller, plan)
+    left = check_controller(config.controller_start, config.controller, plan)
     if left:
         warn(f"controller.weights: of another network, so these begin anew: {', '.join(left)}")
     measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])

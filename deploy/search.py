@@ -173,11 +173,11 @@ def _brief(
         data=config.data,
         episode=config.episode,
         controller=config.controller,
-        controller_start=read_controller(config.controller),
+        controller_start=read_controller(config.controller_start),
         sequences=config.sequence,
         learner=config.learner,
         replay=config.replay_in_search,
-        schedule=config.search,
+        schedule=config.schedule,
         seed=config.seed,
         # a folder's name says more than the id, but two people may both have a runs/demo on one cluster
         campaign=f"{folder.path.resolve().name}-{prefix[-4:]}",

@@ -27,8 +27,8 @@ def group(config: ScheduleConfig, name: str) -> list[EpisodeOrder]:
         ({"teacher_share": 1.0}, r"search.teacher_share: expected in \[0, 1\), got 1.0"),
         ({"teacher_share": -0.1}, r"search.teacher_share: expected in \[0, 1\), got -0.1"),
         ({"snapshot_period": -1}, "search.snapshot_period: expected at least 0, got -1"),
-        ({"sigma": -0.4}, "search.sigma: expected a number of at least 0, got -0.4"),
-        ({"sigma": float("nan")}, "search.sigma: expected a number of at least 0, got nan"),
+        ({"sigma": -0.4}, "search.sigma: expected a number of at least 0, or -1 for the usual, got -0.4"),
+        ({"sigma": float("nan")}, "search.sigma: expected a number of at least 0, or -1 for the usual, got nan"),
         ({"epsilon_base": 1.4}, r"search.epsilon_base: expected in \[0, 1\], got 1.4"),
         ({"epsilon_alpha": -7.0}, "search.epsilon_alpha: expected a number of at least 0, got -7.0"),
         ({"controls": ("taylor", "magic")}, r"search.controls: expected different ones of random, .*'magic'"),
@@ -71,7 +71,7 @@ def test_every_episode_has_one_order_that_a_player_can_carry_out(
     found = orders(config, seed=seed)
     assert [one.episode for one in found] == list(range(episodes * (1 + len(controls))))
     assert {one.policy for one in found} <= {*HEURISTICS, "controller", "controller-untrained", "cem"}
-    assert all(0 <= one.epsilon <= config.epsilon_base and 0 <= one.sigma <= config.sigma for one in found)
+    assert all(0 <= one.epsilon <= config.epsilon_base and 0 <= one.sigma <= config.exploration for one in found)
     assert all(0 <= number < 2**62 for one in found for number in (one.seed, one.retraining_seed))
     assert any(one.policy == "controller" for one in found)  # whatever the teachers' share, something is left over
     assert found == orders(config, seed=seed)

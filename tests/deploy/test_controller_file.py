@@ -3,16 +3,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import nn
 
+from actors.schedule import TAUGHT_SIGMA, UNTAUGHT_SIGMA
 from agents.controller import Controller, ControllerConfig
+from deploy.config import parse
 from deploy.controller_file import check_controller, read_controller
 from env.channels import ChannelPlan
+from env.compact_file import NetworkForm
 from env.errors import UserError
+from env.networks import NetworkConfig
 
-CONFIG = ControllerConfig(hidden_size=5, layer_size=4, weights="")
+CONFIG = ControllerConfig(hidden_size=5, layer_size=4)
 
 
 def plan(*widths: int) -> ChannelPlan:
@@ -22,33 +25,41 @@ def plan(*widths: int) -> ChannelPlan:
     return ChannelPlan(nn.Sequential(*layers, *head), torch.zeros(1, 2, 4, 4))
 
 
-def saved(path: Path, *widths: int, config: ControllerConfig = CONFIG) -> ControllerConfig:
-    """A file of a Controller for such a network, and a configuration that starts from it."""
+def saved(path: Path, *widths: int, config: ControllerConfig = CONFIG) -> Path:
+    """A file of a Controller for such a network."""
     torch.manual_seed(3)
     path.write_bytes(save_tensors(Controller(config, plan(*widths)).state_dict()))
-    return replace(CONFIG, weights=str(path))
+    return path
 
 
 def test_without_a_file_there_is_nothing_to_start_from() -> None:
-    assert read_controller(CONFIG) == b""
-    assert check_controller(CONFIG, plan(4, 6)) == []
+    assert read_controller(None) == b""
+    assert check_controller(None, CONFIG, plan(4, 6)) == []
 
 
-def test_what_comes_with_zeroout_fits_its_own_network_and_is_otherwise_left_out_in_silence() -> None:
-    payload, vgg = load_tensors(read_controller(ControllerConfig())), plan(*[4] * 13)
-    assert Controller(ControllerConfig(), vgg).adopt(payload) == []
-    assert Controller(ControllerConfig(), plan(4, 6)).adopt(payload) == [
-        "torso.0.weight",
-        "layer_term.weight",
-        "layer_term.bias",
-    ]
-    assert check_controller(replace(CONFIG, weights="taught"), plan(4, 6)) == []
+def test_what_comes_with_zeroout_fits_the_network_that_it_was_taught_on_and_no_other_begins_with_it() -> None:
+    start = parse('network.name = "vgg16"').controller_start
+    assert start is not None
+    vgg16 = NetworkForm(network=NetworkConfig(name="vgg16", width=0.1), channels=3, classes=10, image_size=32)
+    own = ChannelPlan(vgg16.build(), torch.zeros(1, 3, 32, 32))
+    assert check_controller(start, ControllerConfig(), own) == []
+    for other in ('network.name = "resnet18"', "controller.hidden_size = 8", 'controller.observation = "mask"'):
+        assert parse(other, ['network.name="vgg16"'] if "network" not in other else []).controller_start is None
+
+
+def test_a_controller_that_has_been_taught_explores_less_where_nothing_is_said() -> None:
+    vgg16 = 'network.name = "vgg16"'
+    assert parse(vgg16).schedule.exploration == TAUGHT_SIGMA
+    assert parse(vgg16, ['controller.weights=""']).schedule.exploration == UNTAUGHT_SIGMA
+    assert parse("", ["controller.weights=some.safetensors"]).schedule.exploration == TAUGHT_SIGMA
+    assert parse('network.name = "resnet18"').schedule.exploration == UNTAUGHT_SIGMA
+    assert parse(vgg16, ["search.sigma=0"]).schedule.exploration == 0.0
 
 
 def test_of_the_same_network_everything_fits_and_of_another_what_layers_share(tmp_path: Path) -> None:
-    config = saved(tmp_path / "controller.safetensors", 4, 6)
-    assert check_controller(config, plan(9, 5)) == []  # as many layers
-    left = check_controller(config, plan(4, 6, 5))
+    file = saved(tmp_path / "controller.safetensors", 4, 6)
+    assert check_controller(file, CONFIG, plan(9, 5)) == []  # as many layers
+    left = check_controller(file, CONFIG, plan(4, 6, 5))
     assert left == ["torso.0.weight", "layer_term.weight", "layer_term.bias"]
 
 
@@ -61,12 +72,12 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path, content: bytes | None, 
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError, match=rf"controller.safetensors: expected .*, got .*{got}"):
-        check_controller(replace(CONFIG, weights=str(path)), plan(4, 6))
+        check_controller(path, CONFIG, plan(4, 6))
 
 
 def test_another_size_fits_where_shapes_do_not_depend_on_it_and_nan_is_not_taken_over(tmp_path: Path) -> None:
-    config = saved(tmp_path / "a.safetensors", 4, 6, config=replace(CONFIG, layer_size=7))
-    assert "layer_input.weight" in check_controller(config, plan(4, 6))
+    file = saved(tmp_path / "a.safetensors", 4, 6, config=replace(CONFIG, layer_size=7))
+    assert "layer_input.weight" in check_controller(file, CONFIG, plan(4, 6))
     made = Controller(CONFIG, plan(4, 6))
     poisoned = {name: torch.full_like(value, torch.nan) for name, value in made.state_dict().items()}
     assert len(made.adopt(poisoned)) == len(poisoned)
