@@ -25,8 +25,10 @@ __all__ = [
 #: Groups that a campaign can compare the Controller with.
 CONTROLS = ("random", "taylor", "balanced", "gamma", "hrank", "fpgm", "l2", "cem", "untrained")
 
-#: How far a Controller explores that has been taught before, and one that begins with nothing.
-TAUGHT_SIGMA, UNTAUGHT_SIGMA = 0.3, 0.8
+#: How far a Controller explores that has been taught before.
+TAUGHT_SIGMA = 0.3
+#: How far one that begins with nothing does.
+UNTAUGHT_SIGMA = 0.8
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
 METHODS = (

@@ -37,9 +37,10 @@ from env.measure import log_freed, one_less
 
 __all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-#: What 60 episodes on quarter-width VGG16 and CIFAR-10 have taught (trial 23 of the search log), as safetensors; and
-#: the network that it is for: on ResNet18 it is no help (trial 26).
-TAUGHT, TAUGHT_ON = Path(__file__).with_name("taught.safetensors"), "vgg16"
+#: What 60 episodes on quarter-width VGG16 and CIFAR-10 have taught (trial 23 of the search log), as safetensors.
+TAUGHT = Path(__file__).with_name("taught.safetensors")
+#: The network that it is for: on ResNet18 it is no help (trial 26).
+TAUGHT_ON = "vgg16"
 
 _HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
 _LEAST_DEVIATION = 1e-4  # natural-log units; filters that differ by less are alike
