@@ -19,14 +19,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install
 	$(BIN)/zeroout run --out runs/demo
 
-# What starts Ray, a cluster or a browser, one after the other; all else by two processes.
-SERIAL := tests/actors/test_ray_metrics.py tests/test_benchmark_search.py tests/test_benchmark_tables.py \
-	$(addprefix tests/deploy/test_, campaign.py \
-	cli.py cluster.py dashboards.py doctor.py event_files.py launch_files.py ray_address.py report_in_browser.py rllib.py \
-	secrets.py status.py storage.py telemetry.py watching.py)
+# By two processes, each file in one: what starts Ray or a cluster mostly waits, and the other goes on meanwhile.
 test: install
-	$(BIN)/python -m pytest -n 2 tests $(addprefix --ignore=,$(SERIAL))
-	$(BIN)/python -m pytest $(SERIAL)
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests
 
 check: install
 	$(BIN)/ruff format --check .
