@@ -94,7 +94,7 @@ examples:
 
 
 def make_brief(redis_url: str, *, width: float, ratio: float, actors: int, prefix: str) -> SharedBrief:
-    """A campaign with every default but the teachers: they decide quicker than the Controller."""
+    """A campaign with every default."""
     config = NetworkConfig(name="vgg16", width=width)
     form = NetworkForm(network=config, channels=3, classes=CLASSES, image_size=32)
     network = form.build()
@@ -109,7 +109,7 @@ def make_brief(redis_url: str, *, width: float, ratio: float, actors: int, prefi
         sequences=SequenceConfig(),
         learner=LearnerConfig(),
         replay=ReplayConfig(replay_ratio=ratio, min_sequences=1),
-        schedule=ScheduleConfig(episodes=EPISODES, actors=actors, teacher_share=0.0),
+        schedule=ScheduleConfig(episodes=EPISODES, actors=actors),
         seed=0,
         campaign="scale",
         redis_url=redis_url,

@@ -46,8 +46,8 @@ METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEE
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
-  controller       `zeroout run`: actors on Ray, replay in Redis, the learner; it begins with what campaigns on other
-                   seeds have taught it (--teach)
+  controller       `zeroout run`: actors on Ray, replay in Redis, the learner; on VGG16 it begins with what campaigns on
+                   other seeds have taught it (--teach), elsewhere it is the same as `fresh`
   fresh            the same, beginning with nothing
   frozen, untrained
                    these two agents with the learner off: the same exploration, the weights that they begin with

@@ -17,8 +17,6 @@ from pathlib import Path
 
 import torch
 
-from actors.schedule import UNTAUGHT_SIGMA
-from agents.controller import TAUGHT
 from benchmarks.campaigns import (
     WORK,
     baseline,
@@ -59,10 +57,7 @@ ARMS: Mapping[str, Arm] = {
     "controller": Arm(about="Controller", learns=True, taught=True),
     "distilled": Arm(about="the same, recovered by distillation", sets=("recovery.distillation=0.5",), of="controller"),
     "taylor": Arm(about="Taylor repeated", sets=('search.method="taylor"',)),
-    "untrained": Arm(
-        about="the agent untaught, learner off",
-        sets=('search.method="untrained"', f"search.sigma={UNTAUGHT_SIGMA}"),
-    ),
+    "untrained": Arm(about="the agent untaught, learner off", sets=('search.method="untrained"',)),
     "gamma": Arm(about="gamma repeated", sets=('search.method="gamma"',)),
     "random": Arm(about="random search", sets=('search.method="random"',)),
     "torch-pruning": Arm(about="Torch-Pruning, best of five", peer=True),
@@ -88,7 +83,8 @@ Each seed has one network, trained from scratch, from which every arm starts. An
 episodes with the same retraining; the best network on validation at each target is recovered alike, and judged once
 on the test split. Compression is counted on the compact network, against the network before anything was done to it.
 
-  controller       `zeroout run`: begins with what other seeds have taught it (benchmarks.search)
+  controller       `zeroout run`: begins with what other seeds have taught it (benchmarks.search), on VGG16; elsewhere
+                   with nothing
   distilled        the networks of controller, recovered with half of the loss from the baseline's outputs
   untrained        the same agent untaught, its learner off
   taylor, gamma, hrank
@@ -268,7 +264,8 @@ class Bench:
 
     def mark(self, config: CampaignConfig, arm: str) -> str:
         """What tells a campaign apart, wherever things lie."""
-        beyond = {"taught": digest(TAUGHT)} if config.controller.weights else {}
+        start = config.controller_start
+        beyond = {"taught": digest(start)} if start else {}
         peer = {"peer": arm} if ARMS[arm].peer else {}
         return fingerprint(config, beyond={**beyond, **peer})
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from actors.schedule import ScheduleConfig
+from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
 from benchmarks import search
 from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
@@ -53,6 +53,8 @@ def test_what_is_taught_explores_less_and_is_told_apart(tmp_path: Path) -> None:
     taught, fresh = (configs["controller"], configs["frozen"]), (configs["fresh"], configs["untrained"])
     assert {(one.controller.weights, one.search.sigma) for one in taught} == {("taught", ScheduleConfig().sigma)}
     assert {(one.controller.weights, one.search.sigma) for one in fresh} == {("", search.UNTAUGHT_SIGMA)}
+    vgg16 = bench(tmp_path, network="vgg16").cell
+    assert vgg16.config(5, "controller", None).schedule.exploration == TAUGHT_SIGMA < search.UNTAUGHT_SIGMA
     assert configs["frozen"].search.method == configs["untrained"].search.method == "untrained"
     assert len({ours.fingerprint(5, method) for method in configs}) == len(configs)
     assert bench(tmp_path, episodes=4).fingerprint(5, "taylor") != ours.fingerprint(5, "taylor")
