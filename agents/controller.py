@@ -84,7 +84,7 @@ class Observations(OverTime):
     accuracy: Tensor  # float32 [T, B], in [0, 1]
     compression: Tensor  # float32 [T, B], in [-1, 1]
     keep_mask: Tensor  # bool [T, B, F]
-    features: Tensor  # float32 [T, B, F, 3], log scores in the order of env.importance.FEATURES; 0 where gone
+    features: Tensor  # float32 [T, B, F, 4], log scores in the order of env.importance.FEATURES; 0 where gone
 
     def to(self, device: torch.device | str) -> "Observations":
         """The same on another device."""
@@ -102,7 +102,7 @@ class ShapeJudgement(Judgement):
 
     log_harm: Tensor  # float32 [T, B, L], log c
     worth: Tensor  # float32 [T, B, F], r: of a filter within its layer; 0 where gone
-    scores: Tensor  # float32 [T, B, F, 3], log scores in standard deviations from their layer's mean; 0 where gone
+    scores: Tensor  # float32 [T, B, F, 4], log scores in standard deviations from their layer's mean; 0 where gone
 
 
 class Controller(QNetwork):
@@ -118,13 +118,15 @@ class Controller(QNetwork):
     """
 
     layer_of: Tensor
+    by_depth: Tensor  # float32 [L, D], from values of the layers to values at D depths
+    by_layer: Tensor  # float32 [D, L], and back
 
     def __init__(self, config: ControllerConfig, plan: ChannelPlan, measure: str = "parameters") -> None:
         super().__init__()
         self.config, self.plan, self.measure, self.hidden_size = config, plan, measure, config.hidden_size
-        layers, hidden = len(plan.layers), config.hidden_size
+        hidden = config.hidden_size
         self.register_buffer("layer_of", plan.layer_of, persistent=False)
-        picture = plan.units if config.observation == "mask" else layers
+        picture = plan.units if config.observation == "mask" else _DEPTHS
         self.torso = nn.Sequential(nn.Linear(2 + picture, hidden), nn.ReLU())
         self.lstm = nn.LSTM(hidden, hidden)
         self.value = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
@@ -132,12 +134,14 @@ class Controller(QNetwork):
             self.advantage = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, plan.units))
         else:
             self.usual = UsualShapes(plan, measure)
+            self.register_buffer("by_depth", _interpolation(len(plan.layers), _DEPTHS), persistent=False)
+            self.register_buffer("by_layer", _interpolation(_DEPTHS, len(plan.layers)), persistent=False)
             self.layer_input = nn.Linear(_LAYER_INPUTS, config.layer_size)
             self.state_input = nn.Linear(hidden, config.layer_size, bias=False)
             self.layer_output = nn.Linear(config.layer_size + _LAYER_INPUTS, 1, bias=False)
-            self.layer_term = nn.Linear(hidden, layers)
+            self.depth_term = nn.Linear(hidden, _DEPTHS)
             self.filter_weights = nn.Linear(hidden, len(FEATURES))
-            for head in (self.layer_output, self.layer_term, self.filter_weights):
+            for head in (self.layer_output, self.depth_term, self.filter_weights):
                 _zero(head)
             with torch.no_grad():
                 self.filter_weights.bias[FEATURES.index("log_taylor")] = 1.0
@@ -147,19 +151,33 @@ class Controller(QNetwork):
         """Judge T x B states in a row, starting from `state`."""
         kept = self.plan.kept_per_layer(seen.keep_mask)
         alive_share = kept / self.plan.widths.to(kept.device)
-        picture = seen.keep_mask.float() if self.config.observation == "mask" else alive_share.float()
+        of_masks = self.config.observation == "mask"
+        picture = seen.keep_mask.float() if of_masks else alive_share.float() @ self.by_depth
         inputs = torch.cat([seen.accuracy[..., None], seen.compression[..., None], picture], dim=-1)
         memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
         value = self.value(memory).squeeze(-1)
-        if self.config.observation == "mask":
+        if of_masks:
             return DuelingJudgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
         return self._judge_shape(seen, memory, value, kept), (h[0], c[0])
+
+    def on(self, plan: ChannelPlan, measure: str = "parameters") -> "Controller":
+        """This very Controller for another network: what one of the two learns, the other has learned.
+
+        ValueError for the mask's, whose layers are made for one network.
+        """
+        if self.config.observation == "mask":
+            raise ValueError("a Controller that reads the mask alone is made for one network")
+        other = Controller(self.config, plan, measure)
+        for name, part in self.named_children():
+            if next(part.parameters(), None) is not None:
+                setattr(other, name, part)
+        return other.train(self.training)
 
     @torch.no_grad()
     def adopt(self, weights: Mapping[str, Tensor]) -> list[str]:
         """Take over every parameter that `weights` has in the same shape; returns the names of the others.
 
-        What belongs to a network's own layers does not fit another network: the head that all layers share does.
+        The features Controller's fit every network; the mask's own, the first layer and the last, only theirs.
         """
         left = []
         for name, mine in self.state_dict().items():
@@ -176,7 +194,7 @@ class Controller(QNetwork):
     ) -> Tensor:
         """What ranks the filters: float32 [T, B, F].
 
-        With a `taste` (float32 [3]) the features Controller ranks as if a filter's scores within its layer weighed so
+        With a `taste` (float32 [4]) the features Controller ranks as if a filter's scores within its layer weighed so
         much more.
         """
         if isinstance(judgement, DuelingJudgement):
@@ -216,12 +234,12 @@ class Controller(QNetwork):
         inputs = self._layer_inputs(seen, kept, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
-        log_harm = math.log(_HARM) + shared + self.layer_term(memory)
+        log_harm = math.log(_HARM) + shared + self.depth_term(memory) @ self.by_layer
         worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
         return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
 
     def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
+        """Log scores in standard deviations from their layer's mean, [T, B, F, 4], and those means, [T, B, L, 4]."""
         alive = seen.keep_mask[..., None]
         scores = _soft_limit(_centred(seen.features, alive))
         means = _layer_means(scores, self.layer_of, kept)
@@ -242,6 +260,9 @@ class Controller(QNetwork):
         return torch.cat([torch.stack([*own, shared], dim=-1), means / _LOG_SCALE], dim=-1)
 
 
+#: Depths at which a network is looked at, however many layers it has, so that what is learned fits every network.
+_DEPTHS = 16
+
 _LOG_SCALE = 5.0  # brings logarithms of widths, costs and scores to about [-2, 2]
 #: of a layer: share and log of what is left, log cost, log of the MACs that a parameter does, depth and its square; the
 #: compression; mean log scores
@@ -256,6 +277,12 @@ def set_value(judgement: DuelingJudgement, action: Tensor, alive: Tensor, *, sca
     chosen = _masked_mean(judgement.advantage, action)
     everyone = _masked_mean(judgement.advantage, alive)
     return judgement.value + scale * torch.where(action.any(-1), chosen - everyone, 0.0)
+
+
+def _interpolation(given: int, wanted: int) -> Tensor:
+    """From values at `given` depths, evenly from the first to the last, to `wanted` ones: float32 [given, wanted]."""
+    at = torch.linspace(0.0, given - 1.0, wanted)
+    return (1.0 - (at - torch.arange(given)[:, None]).abs()).clamp(min=0.0)
 
 
 def _zero(layer: nn.Module) -> None:

@@ -69,8 +69,8 @@ A Controller is taught once, by one campaign after the other, each on a seed of 
 before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
 seeds. Then `zeroout teach` learns from all of their episodes together. What comes out is written to
 benchmarks/results/search/controller.safetensors; a copy of it, agents/taught.safetensors, is what campaigns begin with.
---curve draws what a Controller plays without exploration: with --teach after each campaign; alone that copy, beside an
-untaught one, on whatever network.
+--curve draws what a Controller plays without exploration: with --teach after each campaign, on that network or the one
+that --on names; alone that copy, beside an untaught one, on whatever network.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
@@ -356,6 +356,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="methods at the same time (default 2)")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin nothing new after so many minutes")
     parser.add_argument("--teach", action="store_true", help="teach the Controller on these seeds instead")
+    parser.add_argument("--on", metavar="NETWORK", help="of --curve, where it is not the one that is taught on")
     also = "draw what a Controller plays on these seeds without exploration"
     parser.add_argument("--curve", type=int, nargs="+", default=[], metavar="SEED", help=also)
     parser.add_argument("--quick", action="store_true", help="digits, 2 seeds, 12 episodes; writes to .search/ alone")
@@ -371,9 +372,12 @@ def main() -> None:
         bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
         if given.teach or given.curve:
             stages = bench.teach(given.seeds) if given.teach else [Taught(0, None), Taught(TAUGHT_EPISODES, TAUGHT)]
-            played = bench.played(given.curve, stages, given.jobs)
+            there = replace(cell, network=given.on or cell.network)
+            stage = Bench(there, Ledger(given.results / f"{there.name}.jsonl"), given.work, bench.deadline_s)
+            played = stage.played(given.curve, stages, given.jobs)
             if played:
-                print(write_curve(cell.name, played, given.results, command))
+                came_from = f"-from-{cell.network}" if there != cell else ""
+                print(write_curve(f"{there.name}{came_from}", played, given.results, command))
             continue
         bench.run(given.seeds, given.methods, given.jobs)
         rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save as save_tensors
 
 from actors.player import fresh_controller, ladder_of, packing_of
+from agents.controller import Controller
 from deploy.config import CampaignConfig, load
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.redis_server import EmbeddedServer, running_url
@@ -23,10 +24,12 @@ from env.channels import ChannelPlan
 from env.compact_file import NetworkForm, form_of_file
 from env.errors import UserError
 from env.measure import Measure
+from env.networks import NetworkConfig
+from env.seeds import derive_seed
 from learner.learner import Learner
 from learner.replay.connection import connect
-from learner.replay.replay import Item
-from learner.replay.shards import open_replay
+from learner.replay.replay import Item, Replay
+from learner.replay.shards import ShardedReplay, open_replay
 
 __all__ = ["Taught", "teach"]
 
@@ -64,30 +67,84 @@ def teach(
     config = load(folders[0].campaign_toml, overrides)
     if config.cluster.threads_per_actor:  # as in a campaign: a Controller is small, and threads would only wait
         torch.set_num_threads(config.cluster.threads_per_actor)
-    plan, measure = _plan_of(folders[0], config)
     _check_alike(folders, overrides)
     with contextlib.ExitStack() as stack:
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         client = connect(stack.enter_context(EmbeddedServer(Path(scratch))).url)
         stack.callback(client.close)
-        settings = replace(config.replay, min_sequences=0, shards=1)
-        together = open_replay([client], "zeroout:teach", settings, np.random.default_rng(config.seed))
-        sequences = 0
-        for number, folder in enumerate(folders):
-            held = together.insert(Item(f"{number}/{name}", data, _NEW) for name, data in _held(folder, redis_url))
-            if not held:
-                raise _no_replay(folder, "an empty one")
-            sequences += held
-            say(f"{folder.path}: {held} sequences")
-        ladder, packing = ladder_of(config.episode, plan, measure), packing_of(config.controller, plan)
+        lessons: list[_Lesson] = []
+        for number, of_one in enumerate(_by_network(folders)):
+            settings = replace(config.replay, min_sequences=0, shards=1)
+            random = np.random.default_rng(derive_seed(config.seed, "teach", str(number)))
+            replay = open_replay([client], f"zeroout:teach:{number}", settings, random)
+            sequences = _fill(replay, of_one, redis_url, say)
+            controller, learner = _learner(of_one[0], config, overrides, replay, lessons)
+            lessons.append(_Lesson(controller, learner, replay, sequences))
+        _learn(lessons, say)
+    learned = lessons[0].controller.state_dict()
+    write_atomic(out, save_tensors({name: tensor.contiguous() for name, tensor in learned.items()}))
+    return Taught(
+        sequences=sum(lesson.sequences for lesson in lessons),
+        updates=sum(lesson.learner.updates for lesson in lessons),
+    )
+
+
+@dataclass(frozen=True)
+class _Lesson:
+    """The campaigns of one network: a learner of the one Controller, and the replay it learns from."""
+
+    controller: Controller
+    learner: Learner
+    replay: Replay | ShardedReplay
+    sequences: int
+
+    @property
+    def share_done(self) -> float:
+        """In sequences sampled for each that there is."""
+        return self.learner.updates / self.sequences
+
+
+def _fill(
+    replay: Replay | ShardedReplay, folders: Sequence[CampaignFolder], redis_url: str, say: Callable[[str], object]
+) -> int:
+    """Put what the replays of these campaigns hold into one; returns how many sequences that are."""
+    sequences = 0
+    for number, folder in enumerate(folders):
+        held = replay.insert(Item(f"{number}/{name}", data, _NEW) for name, data in _held(folder, redis_url))
+        if not held:
+            raise _no_replay(folder, "an empty one")
+        sequences += held
+        say(f"{folder.path}: {held} sequences")
+    return sequences
+
+
+def _learner(
+    folder: CampaignFolder,
+    config: CampaignConfig,
+    overrides: Sequence[str],
+    replay: Replay | ShardedReplay,
+    before: Sequence[_Lesson],
+) -> tuple[Controller, Learner]:
+    """A Controller for the network of `folder` and its learner; what is learned is that of those `before` it, too."""
+    own = load(folder.campaign_toml, overrides)
+    plan, measure = _plan_of(folder, own)
+    if before:
+        controller, optimizer = before[0].controller.on(plan, measure.name), before[0].learner.optimizer
+    else:
         controller = fresh_controller(config.controller, plan, measure.name, start=b"", seed=config.seed)
-        learner = Learner(controller, ladder, together, config.learner, config.sequence, packing)
-        while not together.stats().learner_waiting:
-            report = learner.update()
-            if report is not None and report.updates % _SAY_PERIOD == 0:
-                say(f"{report.updates} updates: loss {report.loss:.4g}, mean priority {report.mean_priority:.4g}")
-    write_atomic(out, save_tensors({name: tensor.contiguous() for name, tensor in controller.state_dict().items()}))
-    return Taught(sequences=sequences, updates=learner.updates)
+        optimizer = None
+    ladder, packing = ladder_of(own.episode, plan, measure), packing_of(config.controller, plan)
+    return controller, Learner(controller, ladder, replay, config.learner, config.sequence, packing, optimizer)
+
+
+def _learn(lessons: Sequence[_Lesson], say: Callable[[str], object]) -> None:
+    """Update until every replay has been sampled as often as it allows; at each turn from the one that is behind."""
+    updates = 0
+    while unfinished := [lesson for lesson in lessons if not lesson.replay.stats().learner_waiting]:
+        report = min(unfinished, key=lambda lesson: lesson.share_done).learner.update()
+        updates += report is not None
+        if report is not None and updates % _SAY_PERIOD == 0:
+            say(f"{updates} updates: loss {report.loss:.4g}, mean priority {report.mean_priority:.4g}")
 
 
 def _plan_of(folder: CampaignFolder, config: CampaignConfig) -> tuple[ChannelPlan, Measure]:
@@ -117,20 +174,35 @@ def _check_alike(folders: Sequence[CampaignFolder], overrides: Sequence[str]) ->
                     f"campaign {folder.path}",
                     expected=f"{name} as in {folders[0].path}, {first[name]}",
                     got=str(value),
-                    remedy="teach from campaigns of one network, with one Controller",
+                    remedy="teach from campaigns that measure alike, with one Controller",
                 )
 
 
 def _kind(folder: CampaignFolder, overrides: Sequence[str]) -> dict[str, object]:
     """What campaigns must have in common to be learned from together, by name."""
-    config, form = load(folder.campaign_toml, overrides), _form_of(folder)
-    return {
-        "network": replace(form.network, weights=""),
-        "image shape": (form.channels, form.image_size, form.image_width),
+    config = load(folder.campaign_toml, overrides)
+    kind: dict[str, object] = {
         "episode.measure": config.episode.measure,
         "controller (its sizes)": replace(config.controller, weights=""),
         "sequence": config.sequence,
     }
+    if config.controller.observation == "mask":  # whose layers are made for one network
+        kind["network (of a Controller that reads the mask alone)"] = _network_of(folder)
+    return kind
+
+
+def _by_network(folders: Sequence[CampaignFolder]) -> list[list[CampaignFolder]]:
+    """The folders of each network together, in the order in which the networks come first."""
+    found: dict[object, list[CampaignFolder]] = {}
+    for folder in folders:
+        found.setdefault(_network_of(folder), []).append(folder)
+    return list(found.values())
+
+
+def _network_of(folder: CampaignFolder) -> tuple[NetworkConfig, int, int, int]:
+    """A network without its weights, and the images it is for; equal ones have equal units."""
+    form = _form_of(folder)
+    return replace(form.network, weights=""), form.channels, form.image_size, form.image_width
 
 
 def _held(folder: CampaignFolder, redis_url: str) -> Iterator[tuple[str, bytes]]:

@@ -126,6 +126,8 @@ class Learner:
         config: R2D2's settings.
         sequences: how sequences were cut.
         packing: how their observations and actions travel.
+        optimizer: of the network's parameters, shared with the learner of another one that has the same; its own at
+            None.
 
     Attributes:
         updates: updates made.
@@ -141,11 +143,14 @@ class Learner:
         config: LearnerConfig,
         sequences: SequenceConfig,
         packing: Packing,
+        optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         self.controller, self.actions, self.replay = controller, actions, replay
         self.config, self.sequences, self.packing = config, sequences, packing
         self.target = copy.deepcopy(controller).requires_grad_(False)
-        self.optimizer = torch.optim.Adam(controller.parameters(), lr=config.learning_rate, eps=config.adam_epsilon)
+        self.optimizer = optimizer or torch.optim.Adam(
+            controller.parameters(), lr=config.learning_rate, eps=config.adam_epsilon
+        )
         self.updates = self.skipped = self._bad_in_a_row = 0
         self._device = next(controller.parameters()).device
 

@@ -39,6 +39,7 @@ from actors.snapshot import Snapshot, snapshot_from_bytes, snapshot_to_bytes
 from agents.cross_entropy import generation_size, next_offsets
 from env.compact_file import network_from_bytes
 from env.data import Dataset
+from env.importance import FEATURES
 from env.retraining import Metrics
 from learner.replay.codec import seal
 from learner.replay.ledger import Candidate, Ledger
@@ -138,7 +139,7 @@ def test_only_networks_that_are_better_than_the_best_are_sent(
     assert ledger.best("search/0.8") == Candidate("search/0.8", 1.0, b"best", "{}")
 
 
-@pytest.mark.parametrize(("observation", "kinds"), [("features", 3), ("mask", 0)])
+@pytest.mark.parametrize(("observation", "kinds"), [("features", len(FEATURES)), ("mask", 0)])
 def test_its_sequences_are_what_the_learner_reads(
     brief: Brief, dataset: Dataset, ledger: Ledger, replay: Replay, observation: str, kinds: int
 ) -> None:

@@ -13,6 +13,7 @@ from agents.ladder import Ladder
 from agents.policies import ControllerPolicy, Policy, Shadowed, heuristic, observe
 from env.compression import CompressionEnv, EpisodeConfig
 from env.data import DataConfig, load_dataset
+from env.importance import FEATURES
 from env.measure import Measure
 from env.networks import small
 from env.recognizer import Recognizer
@@ -102,7 +103,7 @@ def test_a_traces_arrays_have_the_shapes_and_dtypes_it_promises() -> None:
         "accuracy": ("float32", (4, 1)),
         "compression": ("float32", (4, 1)),
         "keep_mask": ("int8", (4, filters)),
-        "features": ("float32", (4, filters, 3)),
+        "features": ("float32", (4, filters, len(FEATURES))),
         "actions": ("int8", (3, filters)),
         "rewards": ("float32", (3,)),
         "states": ("float32", (3, 2, HIDDEN)),

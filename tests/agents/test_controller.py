@@ -11,6 +11,7 @@ from agents.network import DuelingJudgement, RecurrentState
 from agents.policies import heuristic
 from env.channels import ChannelPlan
 from env.errors import UserError
+from env.importance import FEATURES
 
 torch.set_num_threads(1)
 PLAN = ChannelPlan(
@@ -42,7 +43,7 @@ def observations(steps: int = 5, batch: int = 3, seed: int = 0, *, dead: float =
         accuracy=torch.rand(steps, batch, generator=generator),
         compression=torch.rand(steps, batch, generator=generator),
         keep_mask=keep_mask,
-        features=torch.randn(steps, batch, PLAN.units, 3, generator=generator) * 4 * keep_mask[..., None],
+        features=torch.randn(steps, batch, PLAN.units, len(FEATURES), generator=generator) * 4 * keep_mask[..., None],
     )
 
 
@@ -119,7 +120,7 @@ def shaped(*, log_harm: list[float], worth: list[float]) -> ShapeJudgement:
         value=torch.tensor([[2.0]]),
         log_harm=torch.tensor([[log_harm]]),
         worth=torch.tensor([[worth]]),
-        scores=torch.zeros(1, 1, 15, 3),
+        scores=torch.zeros(1, 1, 15, len(FEATURES)),
     )
 
 
@@ -150,8 +151,8 @@ def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_it
     before, _ = made(seen, made.initial_state())
     ranked = made.advantages(before, seen)[0, 0]
     with torch.no_grad():
-        made.layer_term.bias.copy_(torch.tensor([0.0, 2.0, 0.0]))
-        made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
+        made.depth_term.bias[7:9] = 2.0  # the middle of the three layers lies half way between these two depths
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
     after, _ = made(seen, made.initial_state())
     assert isinstance(before, ShapeJudgement)
     assert isinstance(after, ShapeJudgement)
@@ -277,8 +278,8 @@ def test_a_taste_changes_the_order_within_layers_as_a_learned_weight_would() -> 
     made, seen = controller("features"), observations(2, 2, dead=0.3)
     judgement, _ = made(seen, made.initial_state(2))
     ranked = made.advantages(judgement, seen)
-    assert torch.equal(made.advantages(judgement, seen, torch.zeros(3)), ranked)
-    taste = torch.tensor([-0.5, 0.0, 2.0])
+    assert torch.equal(made.advantages(judgement, seen, torch.zeros(4)), ranked)
+    taste = torch.tensor([-0.5, 0.0, 2.0, 0.5])
     with torch.no_grad():
         made.filter_weights.bias.add_(taste)
     learned, _ = made(seen, made.initial_state(2))
@@ -292,7 +293,7 @@ def test_scores_are_in_standard_deviations_of_their_layer_by_hand() -> None:
     seen.features[..., 12:, 2] = torch.tensor([1.0, 2.0, 3.0])  # mean 2, deviation sqrt(2 / 3)
     seen.features[..., :5, 2] = 0.7  # all alike
     with torch.no_grad():
-        made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
     judgement, _ = made(seen, made.initial_state())
     assert isinstance(judgement, ShapeJudgement)
     assert judgement.worth[0, 0, 12:].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-5)
@@ -321,7 +322,7 @@ def test_a_network_at_its_narrowest_is_judged_finitely(kind: str) -> None:
     made = trained(kind)
     keep_mask = torch.zeros(1, 1, 15, dtype=torch.bool)
     keep_mask[..., [0, 5, 12]] = True
-    features = torch.full((1, 1, 15, 3), -23.0) * keep_mask[..., None]
+    features = torch.full((1, 1, 15, len(FEATURES)), -23.0) * keep_mask[..., None]
     seen = Observations(
         accuracy=torch.zeros(1, 1), compression=torch.ones(1, 1), keep_mask=keep_mask, features=features
     )
@@ -343,3 +344,33 @@ def test_the_weights_alone_are_saved(kind: str) -> None:
 def test_a_bad_value_is_a_user_error_that_names_its_key(key: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"^controller\.{key}: expected"):
         ControllerConfig(**{key: value})  # type: ignore[arg-type]
+
+
+def test_on_another_network_it_is_the_same_controller() -> None:
+    made = trained("features")
+    longer = ChannelPlan(
+        nn.Sequential(
+            *(nn.Conv2d(2 if i == 0 else 4, 4, 3, padding=1) for i in range(6)),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4, 2),
+        ),
+        torch.zeros(1, 2, 8, 8),
+    )
+    other = made.on(longer, "macs")
+    assert (other.plan, other.measure) == (longer, "macs")
+    mine, its = dict(made.named_parameters()), dict(other.named_parameters())
+    assert mine.keys() == its.keys()
+    assert all(its[name] is parameter for name, parameter in mine.items())
+    keep_mask = torch.ones(1, 1, longer.units, dtype=torch.bool)
+    features = torch.randn(1, 1, longer.units, len(FEATURES))
+    seen = Observations(
+        accuracy=torch.ones(1, 1), compression=torch.zeros(1, 1), keep_mask=keep_mask, features=features
+    )
+    judgement, _ = other(seen, other.initial_state())
+    assert judgement.log_harm.shape == (1, 1, 6)
+    alone = Controller(made.config, longer, "macs")
+    assert alone.adopt(made.state_dict()) == []
+    torch.testing.assert_close(alone(seen, alone.initial_state())[0].log_harm, judgement.log_harm)
+    with pytest.raises(ValueError, match="one network"):
+        trained("mask").on(longer)

@@ -56,11 +56,14 @@ def test_a_controller_that_has_been_taught_explores_less_where_nothing_is_said()
     assert parse(vgg16, ["search.sigma=0"]).schedule.exploration == 0.0
 
 
-def test_of_the_same_network_everything_fits_and_of_another_what_layers_share(tmp_path: Path) -> None:
+def test_everything_fits_every_network_but_what_reads_the_mask(tmp_path: Path) -> None:
     file = saved(tmp_path / "controller.safetensors", 4, 6)
-    assert check_controller(file, CONFIG, plan(9, 5)) == []  # as many layers
-    left = check_controller(file, CONFIG, plan(4, 6, 5))
-    assert left == ["torso.0.weight", "layer_term.weight", "layer_term.bias"]
+    assert check_controller(file, CONFIG, plan(9, 5)) == []
+    assert check_controller(file, CONFIG, plan(4, 6, 5)) == []
+    mask = replace(CONFIG, observation="mask")
+    file = saved(tmp_path / "mask.safetensors", 4, 6, config=mask)
+    assert check_controller(file, mask, plan(6, 4)) == []  # as many filters
+    assert check_controller(file, mask, plan(4, 6, 5)) == ["torso.0.weight", "advantage.2.weight", "advantage.2.bias"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from learner.replay.replay import Item
 from learner.replay.shards import open_replay
 from learner.sequence import EpisodeTrace, cut
 
-L1 = FEATURES.index("log_l1")
+L1, GAMMA = FEATURES.index("log_l1"), FEATURES.index("log_gamma")
 SETTINGS = """
 network.name = "small"
 network.width = 0.5
@@ -61,16 +61,18 @@ def made(config: CampaignConfig) -> tuple[NetworkForm, ChannelPlan, Ladder]:
     return form, plan, ladder
 
 
-def episode(config: CampaignConfig, plan: ChannelPlan, ladder: Ladder, seed: int) -> EpisodeTrace:
-    """Filters by chance and a taste of the day; a deviation more of L1 in what goes costs half a nat."""
+def episode(config: CampaignConfig, plan: ChannelPlan, ladder: Ladder, seed: int, pays: int = L1) -> EpisodeTrace:
+    """Filters by chance and a taste of the day; a deviation more of one score in what goes costs half a nat."""
     random = torch.Generator().manual_seed(seed)
     steps = len(ladder)
     alive, actions, rewards = [torch.ones(plan.units, dtype=torch.bool)], [], []
     features = torch.randn(steps + 1, plan.units, len(FEATURES), generator=random)
     for step in range(steps):
-        scores = torch.randn(plan.units, generator=random) + features[step] @ torch.randn(3, generator=random)
+        scores = torch.randn(plan.units, generator=random) + features[step] @ torch.randn(
+            len(FEATURES), generator=random
+        )
         actions.append(ladder.cut(scores[None], alive[-1][None], torch.tensor([step]))[0])
-        rewards.append(-0.5 * float(features[step, actions[-1], L1].mean()))
+        rewards.append(-0.5 * float(features[step, actions[-1], pays].mean()))
         alive.append(alive[-1] & ~actions[-1])
     keep_mask = torch.stack(alive)
     return EpisodeTrace(
@@ -87,7 +89,7 @@ def episode(config: CampaignConfig, plan: ChannelPlan, ladder: Ladder, seed: int
     )
 
 
-def campaign(path: Path, *overrides: str, seeds: range = range(30)) -> CampaignFolder:
+def campaign(path: Path, *overrides: str, seeds: range = range(30), pays: int = L1) -> CampaignFolder:
     """A campaign's folder, with the sequences of these episodes in its replay."""
     config = settings(*overrides)
     form, plan, ladder = made(config)
@@ -95,7 +97,7 @@ def campaign(path: Path, *overrides: str, seeds: range = range(30)) -> CampaignF
     folder.baseline.mkdir()
     (folder.baseline / "model.safetensors").write_bytes(network_to_bytes(form.build(), form))
     packing = MaskPacking(plan.units, len(FEATURES))
-    traces = [episode(config, plan, ladder, seed) for seed in seeds]
+    traces = [episode(config, plan, ladder, seed, pays) for seed in seeds]
     sequences = [sequence for trace in traces for sequence in cut(trace, config.sequence, packing)]
     with EmbeddedServer(folder.redis) as server:
         client = connect(server.url)
@@ -106,7 +108,7 @@ def campaign(path: Path, *overrides: str, seeds: range = range(30)) -> CampaignF
 
 
 def weights_of_scores(file: Path) -> list[float]:
-    """What the Controller in `file` weighs the three scores by, in the full network."""
+    """What the Controller in `file` weighs the scores by, in the full network."""
     config = settings()
     _, plan, _ = made(config)
     controller = Controller(config.controller, plan)
@@ -132,9 +134,9 @@ def test_what_the_campaigns_say_together_is_learned_and_twice_alike(tmp_path: Pa
     assert taught.sequences == 60
     assert taught.updates == (60 * 50 + 256) // 16
     assert said[:2] == [f"{folder.path}: 30 sequences" for folder in folders]
-    taylor, gamma, l1 = weights_of_scores(tmp_path / "one.safetensors")
+    taylor, gamma, l1, fpgm = weights_of_scores(tmp_path / "one.safetensors")
     assert l1 > 3.0  # it began at 0, and nothing else pays
-    assert l1 > 2.0 * max(abs(taylor), abs(gamma))
+    assert l1 > 2.0 * max(abs(taylor), abs(gamma), abs(fpgm))
     teach(folders, tmp_path / "two.safetensors", overrides=("replay.replay_ratio=50",))
     assert (tmp_path / "one.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 
@@ -150,7 +152,6 @@ def test_a_given_redis_is_not_asked_for_the_replay_of_a_campaign_with_its_own(tm
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (("network.width=0.25",), "expected network as in"),
         (("controller.hidden_size=8",), "expected controller"),
         (("sequence.unroll_length=8",), "expected sequence"),
         (('episode.measure="macs"',), "expected episode.measure as in .* parameters, got macs"),
@@ -181,3 +182,26 @@ def test_a_campaign_without_a_replay_is_one_line(tmp_path: Path, harm: Any, got:
     harm(folder)
     with pytest.raises(UserError, match=f"campaign .*a; expected one in which .* got .*{got}".replace("; ", ".*")):
         teach([folder], tmp_path / "one.safetensors")
+
+
+def test_campaigns_of_two_networks_teach_one_controller(tmp_path: Path) -> None:
+    """In one network it is L1 that pays, in the other gamma."""
+    folders = [
+        campaign(tmp_path / "a", seeds=range(20)),
+        campaign(tmp_path / "b", "network.width=0.25", "episode.waypoints=5", seeds=range(20, 50), pays=GAMMA),
+        campaign(tmp_path / "c", "seed=1", seeds=range(50, 60)),
+    ]
+    said: list[str] = []
+    taught = teach(folders, tmp_path / "one.safetensors", overrides=("replay.replay_ratio=50",), say=said.append)
+    assert [line.rpartition(": ")[2] for line in said[:3]] == ["20 sequences", "10 sequences", "60 sequences"]
+    assert taught.sequences == 90
+    assert taught.updates == (30 * 50 + 256) // 16 + (60 * 50 + 256) // 16
+    taylor, gamma, l1, fpgm = weights_of_scores(tmp_path / "one.safetensors")
+    assert min(l1, gamma) > 1.5 * max(abs(taylor), abs(fpgm))
+
+
+def test_a_controller_that_reads_the_mask_alone_is_taught_by_one_network(tmp_path: Path) -> None:
+    mask = 'controller.observation="mask"'
+    folders = [campaign(tmp_path / "a", mask, seeds=range(1)), campaign(tmp_path / "b", mask, "network.width=0.25")]
+    with pytest.raises(UserError, match=r"expected network .* as in"):
+        teach(folders, tmp_path / "one.safetensors")
