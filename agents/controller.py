@@ -84,7 +84,7 @@ class Observations(OverTime):
     accuracy: Tensor  # float32 [T, B], in [0, 1]
     compression: Tensor  # float32 [T, B], in [-1, 1]
     keep_mask: Tensor  # bool [T, B, F]
-    features: Tensor  # float32 [T, B, F, 4], log scores in the order of env.importance.FEATURES; 0 where gone
+    features: Tensor  # float32 [T, B, F, 3], log scores in the order of env.importance.FEATURES; 0 where gone
 
     def to(self, device: torch.device | str) -> "Observations":
         """The same on another device."""
@@ -102,7 +102,7 @@ class ShapeJudgement(Judgement):
 
     log_harm: Tensor  # float32 [T, B, L], log c
     worth: Tensor  # float32 [T, B, F], r: of a filter within its layer; 0 where gone
-    scores: Tensor  # float32 [T, B, F, 4], log scores in standard deviations from their layer's mean; 0 where gone
+    scores: Tensor  # float32 [T, B, F, 3], log scores in standard deviations from their layer's mean; 0 where gone
 
 
 class Controller(QNetwork):
@@ -194,7 +194,7 @@ class Controller(QNetwork):
     ) -> Tensor:
         """What ranks the filters: float32 [T, B, F].
 
-        With a `taste` (float32 [4]) the features Controller ranks as if a filter's scores within its layer weighed so
+        With a `taste` (float32 [3]) the features Controller ranks as if a filter's scores within its layer weighed so
         much more.
         """
         if isinstance(judgement, DuelingJudgement):
@@ -239,7 +239,7 @@ class Controller(QNetwork):
         return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
 
     def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
-        """Log scores in standard deviations from their layer's mean, [T, B, F, 4], and those means, [T, B, L, 4]."""
+        """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
         alive = seen.keep_mask[..., None]
         scores = _soft_limit(_centred(seen.features, alive))
         means = _layer_means(scores, self.layer_of, kept)

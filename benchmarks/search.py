@@ -65,10 +65,10 @@ A method is a campaign in a folder of its own under .search/, so a run that is s
 written to benchmarks/results/search/CELL.jsonl with a fingerprint of its configuration, and is not made again while
 that stays the same, whatever happens to the code (the row names its commit). Delete the row to make it again.
 
-A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what the one
-before has learned: their recovery after an episode is longer than in the comparison, and their seeds are not among its
-seeds. Then `zeroout teach` learns from all of their episodes together. What comes out is written to
-benchmarks/results/search/controller.safetensors; a copy of it, agents/taught.safetensors, is what campaigns begin with.
+A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what `zeroout
+teach` learns from the episodes of those before it together: their recovery after an episode is longer than in the
+comparison, and their seeds are not among its seeds. What comes out is written to
+benchmarks/results/search/controller.safetensors.
 --curve draws what a Controller plays without exploration: with --teach after each campaign, on that network or the one
 that --on names; alone that copy, beside an untaught one, on whatever network.
 
@@ -197,7 +197,7 @@ class Bench:
                     self.make(seed, method, weights)
 
     def teach(self, seeds: list[int]) -> list[Taught]:
-        """Campaigns of the Controller, one after the other, each beginning with what the one before has learned.
+        """Campaigns of the Controller, one after the other, each beginning with what those before have taught.
 
         Returns what is learned from the first n of them together, for each n, the untaught one first; not all where
         time was over.
@@ -214,9 +214,9 @@ class Bench:
                 return stages
             returns = row_of(out, config, "fresh")["episodes"]
             print(f"taught by seed {seed}: returns {' '.join(f'{episode[2]:.3f}' for episode in returns)}", flush=True)
-            before = Taught(before.episodes + len(returns), (out / "controller.safetensors").resolve())
             folders.append(out)
-            stages.append(Taught(before.episodes, self.together(folders)))
+            before = Taught(before.episodes + len(returns), self.together(folders))
+            stages.append(before)
         self.ledger.file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(self.ledger.file.parent / "controller.safetensors", stages[-1].weights.read_bytes())
         return stages

@@ -169,7 +169,7 @@ class CompressionEnv(gym.Env[dict[str, Any], np.ndarray]):
     """A Recognizer whose filters are zeroed by actions.
 
     Observation space: Dict(accuracy float32 [1] in [0, 1], compression float32 [1] in [-1, 1] (added skip
-    convolutions count against it), keep_mask int8 [F]; with `features`, also features float32 [F, 4], see
+    convolutions count against it), keep_mask int8 [F]; with `features`, also features float32 [F, 3], see
     `env.importance.FEATURES`; with `importance`, also importance float32 [F], 0 where gone). Action space:
     MultiBinary(F), the bits to zero; bits already zero are ignored, and where an action would leave a layer under
     `min_width`, its last filters stay (`info["refused"]`).

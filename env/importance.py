@@ -32,7 +32,7 @@ __all__ = [
 Batches = Iterable[tuple[Tensor, Tensor]]
 
 #: The columns of `log_scores`, in order.
-FEATURES = ("log_taylor", "log_gamma", "log_l1", "log_fpgm")
+FEATURES = ("log_taylor", "log_gamma", "log_l1")
 
 #: Scores below this are all the same to a logarithm: a filter that does nothing at all.
 _SMALLEST, _LARGEST = 1e-10, 1e10
@@ -150,12 +150,11 @@ def fpgm(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
 
 
 def log_scores(network: nn.Module, plan: ChannelPlan, keep_mask: Tensor, batches: Batches) -> Tensor:
-    """The features of every filter, in the order of `FEATURES`: float32 [F, 4], 0 where a filter is gone."""
+    """The features of every filter, in the order of `FEATURES`: float32 [F, 3], 0 where a filter is gone."""
     columns = [
         taylor(network, plan, keep_mask, batches),
         gamma(network, plan, keep_mask),
         l1(network, plan, keep_mask),
-        fpgm(network, plan, keep_mask),
     ]
     scores = torch.stack(columns, dim=1).clamp(_SMALLEST, _LARGEST).log()
     return torch.where(keep_mask[:, None], scores, torch.zeros(()))

@@ -142,7 +142,7 @@ class Recognizer:
         return evaluate(body.network, split, self.dataset.mean, self.dataset.std, precision=self.precision)
 
     def log_scores(self, body: Body, *, images: int, batch_size: int, seed: int) -> Tensor:
-        """Log importance of every filter on `images` training images, the same for a seed: float32 [F, 4]."""
+        """Log importance of every filter on `images` training images, the same for a seed: float32 [F, 3]."""
         batches = self._batches(images, batch_size, derive_seed(seed, "scores"))
         return log_scores(body.network, self.plan, body.keep_mask, batches)
 

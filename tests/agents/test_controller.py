@@ -152,7 +152,7 @@ def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_it
     ranked = made.advantages(before, seen)[0, 0]
     with torch.no_grad():
         made.depth_term.bias[7:9] = 2.0  # the middle of the three layers lies half way between these two depths
-        made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0, 0.0]))
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     after, _ = made(seen, made.initial_state())
     assert isinstance(before, ShapeJudgement)
     assert isinstance(after, ShapeJudgement)
@@ -278,8 +278,8 @@ def test_a_taste_changes_the_order_within_layers_as_a_learned_weight_would() -> 
     made, seen = controller("features"), observations(2, 2, dead=0.3)
     judgement, _ = made(seen, made.initial_state(2))
     ranked = made.advantages(judgement, seen)
-    assert torch.equal(made.advantages(judgement, seen, torch.zeros(4)), ranked)
-    taste = torch.tensor([-0.5, 0.0, 2.0, 0.5])
+    assert torch.equal(made.advantages(judgement, seen, torch.zeros(3)), ranked)
+    taste = torch.tensor([-0.5, 0.0, 2.0])
     with torch.no_grad():
         made.filter_weights.bias.add_(taste)
     learned, _ = made(seen, made.initial_state(2))
@@ -293,7 +293,7 @@ def test_scores_are_in_standard_deviations_of_their_layer_by_hand() -> None:
     seen.features[..., 12:, 2] = torch.tensor([1.0, 2.0, 3.0])  # mean 2, deviation sqrt(2 / 3)
     seen.features[..., :5, 2] = 0.7  # all alike
     with torch.no_grad():
-        made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0, 0.0]))
+        made.filter_weights.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
     judgement, _ = made(seen, made.initial_state())
     assert isinstance(judgement, ShapeJudgement)
     assert judgement.worth[0, 0, 12:].tolist() == pytest.approx([-(1.5**0.5), 0.0, 1.5**0.5], abs=1e-5)

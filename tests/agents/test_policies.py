@@ -29,14 +29,13 @@ KEEP = [1, 1, 0, 1, 1, 1, 1, 1]
 TAYLOR = [0.4, 0.1, 0.0, 0.3, 0.2, -1.0, 0.25, 2.0]
 GAMMA = [3.0, 2.0, 0.0, 1.0, 4.0, 0.5, 0.1, 0.2]
 L1 = [0.5, 0.9, 0.0, 0.1, 0.3, 7.0, 8.0, 6.0]
-FPGM = [0.2, 0.4, 0.0, 0.8, 0.6, 3.0, 5.0, 4.0]
 IMPORTANCE = [1.0, 5.0, 0.0, 4.0, 2.0, 30.0, 10.0, 20.0]
 
 
 def observation(seed: int | None = None) -> dict[str, Any]:
-    features = np.array([TAYLOR, GAMMA, L1, FPGM], np.float32).T
+    features = np.array([TAYLOR, GAMMA, L1], np.float32).T
     if seed is not None:
-        features = np.random.default_rng(seed).standard_normal((8, 4)).astype(np.float32)
+        features = np.random.default_rng(seed).standard_normal((8, 3)).astype(np.float32)
     return {
         "accuracy": np.array([0.7], np.float32),
         "compression": np.array([0.2], np.float32),
@@ -311,6 +310,6 @@ def test_an_observation_becomes_tensors_with_time_and_batch_in_front() -> None:
     assert seen.compression.tolist() == [[pytest.approx(0.2)]]
     assert seen.keep_mask.dtype == torch.bool
     assert seen.keep_mask.tolist() == [[[bool(bit) for bit in KEEP]]]
-    assert seen.features.shape == (1, 1, 8, 4)
+    assert seen.features.shape == (1, 1, 8, 3)
     bare = {key: value for key, value in observation().items() if key != "features"}
-    assert observe(bare).features.tolist() == [[[[0.0] * 4] * 8]]
+    assert observe(bare).features.tolist() == [[[[0.0] * 3] * 8]]

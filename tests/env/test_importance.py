@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo import CLASSES, EXAMPLE, PRUNABLE
 
 from env.channels import ChannelPlan
-from env.importance import FEATURES, fpgm, gamma, l1, log_scores, taylor
+from env.importance import FEATURES, gamma, l1, log_scores, taylor
 from env.networks import resnet18
 
 torch.set_num_threads(1)
@@ -164,14 +164,13 @@ def test_log_scores_are_the_scores_in_the_order_of_their_names() -> None:
     keep_mask = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1]).bool()
     compact = plan.compact(network, keep_mask)
     scores = log_scores(compact, plan, keep_mask, batches())
-    assert FEATURES == ("log_taylor", "log_gamma", "log_l1", "log_fpgm")
-    assert scores.shape == (8, 4)
+    assert FEATURES == ("log_taylor", "log_gamma", "log_l1")
+    assert scores.shape == (8, 3)
     assert scores.dtype == torch.float32
     expected = [
         taylor(compact, plan, keep_mask, batches()),
         gamma(compact, plan, keep_mask),
         l1(compact, plan, keep_mask),
-        fpgm(compact, plan, keep_mask),
     ]
     for column, score in enumerate(expected):
         torch.testing.assert_close(scores[keep_mask, column], score[keep_mask].log())
