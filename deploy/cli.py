@@ -371,14 +371,15 @@ def resume(
 
 @app.command()
 def teach(
-    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Campaigns of one network, finished or not.")],
+    folders: Annotated[list[str], typer.Argument(metavar="DIR...", help="Campaigns of any networks, finished or not.")],
     out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the Controller is written (safetensors).")],
     redis: RedisOption = "",
     sets: SetOption = None,
 ) -> None:
     """Learn one Controller from what several campaigns have played; `run --controller FILE` begins with it.
 
-    It learns from nothing, by the first campaign's settings; how long, replay.replay_ratio says.
+    It learns from nothing, by the first campaign's settings; how long, replay.replay_ratio says. The campaigns may be of
+    different networks, but for a Controller with controller.observation = "mask".
     """
     from deploy.teach import teach as learn
 
