@@ -56,11 +56,11 @@ def teach(
     """Learn from nothing, from the replays of `folders` together, and write the Controller to `out` (safetensors).
 
     The settings are the first campaign's with `overrides`; each sequence is sampled `replay.replay_ratio` times in the
-    mean. With equal campaigns and settings equal weights come out. `redis_url` is asked for the replay of a campaign
-    that has none of its own.
+    mean. Campaigns may be of different networks. With equal campaigns and settings equal weights come out. `redis_url`
+    is asked for the replay of a campaign that has none of its own.
 
     Raises:
-        UserError: a folder has no replay, or its campaign is of another network or Controller than the first's.
+        UserError: a folder has no replay, or its campaign has another Controller or measure than the first's.
         NonFiniteError: too many updates in a row were skipped.
 
     """
@@ -73,7 +73,7 @@ def teach(
         client = connect(stack.enter_context(EmbeddedServer(Path(scratch))).url)
         stack.callback(client.close)
         lessons: list[_Lesson] = []
-        for number, of_one in enumerate(_by_network(folders)):
+        for number, of_one in enumerate(_by_ladder(folders, overrides)):
             settings = replace(config.replay, min_sequences=0, shards=1)
             random = np.random.default_rng(derive_seed(config.seed, "teach", str(number)))
             replay = open_replay([client], f"zeroout:teach:{number}", settings, random)
@@ -91,7 +91,7 @@ def teach(
 
 @dataclass(frozen=True)
 class _Lesson:
-    """The campaigns of one network: a learner of the one Controller, and the replay it learns from."""
+    """The campaigns with one network and ladder: a learner of the one Controller, and the replay it learns from."""
 
     controller: Controller
     learner: Learner
@@ -191,11 +191,13 @@ def _kind(folder: CampaignFolder, overrides: Sequence[str]) -> dict[str, object]
     return kind
 
 
-def _by_network(folders: Sequence[CampaignFolder]) -> list[list[CampaignFolder]]:
-    """The folders of each network together, in the order in which the networks come first."""
+def _by_ladder(folders: Sequence[CampaignFolder], overrides: Sequence[str]) -> list[list[CampaignFolder]]:
+    """The folders whose network and ladder are alike together, in the order in which they come first."""
     found: dict[object, list[CampaignFolder]] = {}
     for folder in folders:
-        found.setdefault(_network_of(folder), []).append(folder)
+        episode = load(folder.campaign_toml, overrides).episode
+        ladder = episode.targets, episode.waypoints, episode.min_width
+        found.setdefault((_network_of(folder), ladder), []).append(folder)
     return list(found.values())
 
 
