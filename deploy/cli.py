@@ -378,8 +378,8 @@ def teach(
 ) -> None:
     """Learn one Controller from what several campaigns have played; `run --controller FILE` begins with it.
 
-    It learns from nothing, by the first campaign's settings; how long, replay.replay_ratio says. The campaigns may be of
-    different networks, but for a Controller with controller.observation = "mask".
+    It learns from nothing, by the first campaign's settings; how long, replay.replay_ratio says. The campaigns may be
+    of different networks, but for a Controller with controller.observation = "mask".
     """
     from deploy.teach import teach as learn
 
