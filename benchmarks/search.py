@@ -30,12 +30,12 @@ from benchmarks.search_methods.greedy import Taught, write_curve
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
-from deploy.folder import CampaignFolder, read_json, write_atomic
+from deploy.folder import CampaignFolder, read_json
 from deploy.teach import teach
 
 RESULTS = Path(__file__).parent / "results" / "search"
-#: Behind `agents.controller.TAUGHT`: `--teach --seeds 0 1 2 3 4`, five campaigns of twelve.
-TAUGHT_EPISODES = 60
+#: Behind `agents.controller.TAUGHT`: seven campaigns of twelve.
+TAUGHT_EPISODES = 84
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
@@ -46,8 +46,8 @@ METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEE
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
-  controller       `zeroout run`: actors on Ray, replay in Redis, the learner; on VGG16 it begins with what campaigns on
-                   other seeds have taught it (--teach), elsewhere it is the same as `fresh`
+  controller       `zeroout run`: actors on Ray, replay in Redis, the learner; on VGG16 and ResNet18 it begins with what
+                   campaigns on other seeds have taught (--teach), elsewhere it is the same as `fresh`
   fresh            the same, beginning with nothing
   frozen, untrained
                    these two agents with the learner off: the same exploration, the weights that they begin with
@@ -67,15 +67,18 @@ that stays the same, whatever happens to the code (the row names its commit). De
 
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what `zeroout
 teach` learns from the episodes of those before it together: their recovery after an episode is longer than in the
-comparison, and their seeds are not among its seeds. What comes out is written to
-benchmarks/results/search/controller.safetensors.
+comparison, and their seeds are not among its seeds. agents/taught.safetensors, which campaigns begin with, is what
+`zeroout teach` learns from those of both networks together.
 --curve draws what a Controller plays without exploration: with --teach after each campaign, on that network or the one
 that --on names; alone that copy, beside an untaught one, on whatever network.
 
 examples:
-  python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4    the Controller that the comparison begins with
-  python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4 --curve 5 6    what it then plays on other seeds
-  python -m benchmarks.search --data .data --network resnet18 --curve 0 1 2         and on another network
+  python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4
+  python -m benchmarks.search --data .data --teach --network resnet18 --seeds 3 4
+  zeroout teach .search/*-teach-*/ --set replay.replay_ratio=64 --out agents/taught.safetensors
+                                                                        the Controller that the comparison begins with
+  python -m benchmarks.search --data .data --network resnet18 --curve 0 1 2         what it plays on other seeds
+  python -m benchmarks.search --data .data --teach --seeds 0 1 2 --curve 5 6        and what it plays by stages
   python -m benchmarks.search --data .data --episodes 4                 the first cell, seeds 5 to 9
   python -m benchmarks.search --data .data --episodes 4 --epochs 3      the same where little retraining can be paid
   python -m benchmarks.search --data .data --seeds 0 --methods controller cem --episodes 16
@@ -217,8 +220,7 @@ class Bench:
             folders.append(out)
             before = Taught(before.episodes + len(returns), self.together(folders))
             stages.append(before)
-        self.ledger.file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.ledger.file.parent / "controller.safetensors", stages[-1].weights.read_bytes())
+        print(f"taught by {before.episodes} episodes: {before.weights}", flush=True)
         return stages
 
     def together(self, folders: list[Path]) -> Path:

@@ -83,8 +83,8 @@ Each seed has one network, trained from scratch, from which every arm starts. An
 episodes with the same retraining; the best network on validation at each target is recovered alike, and judged once
 on the test split. Compression is counted on the compact network, against the network before anything was done to it.
 
-  controller       `zeroout run`: begins with what other seeds have taught it (benchmarks.search), on VGG16; elsewhere
-                   with nothing
+  controller       `zeroout run`: begins with what other seeds have taught it (benchmarks.search), on VGG16 and
+                   ResNet18; elsewhere with nothing
   distilled        the networks of controller, recovered with half of the loss from the baseline's outputs
   untrained        the same agent untaught, its learner off
   taylor, gamma, hrank

@@ -80,7 +80,7 @@ ControllerOption = Annotated[
     typer.Option(
         "--controller",
         help="controller.safetensors of an earlier campaign's folder, also of another network: what its Controller has "
-        "learned of layers is where this one starts. Left out: on VGG16 what comes with Zeroout, else nothing.",
+        "learned is where this one starts. Left out: on VGG16 and ResNet18 what comes with Zeroout, else nothing.",
     ),
 ]
 ControlsOption = Annotated[

@@ -110,7 +110,7 @@ class CampaignConfig:
         weights, sizes = self.controller.weights, dataclasses.replace(self.controller, weights="taught")
         if weights != "taught":
             return Path(weights) if weights else None
-        return TAUGHT if self.network.name == TAUGHT_ON and sizes == ControllerConfig() else None
+        return TAUGHT if self.network.name in TAUGHT_ON and sizes == ControllerConfig() else None
 
     @property
     def schedule(self) -> ScheduleConfig:
