@@ -7,7 +7,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from actors.schedule import TAUGHT_SIGMA, UNTAUGHT_SIGMA
-from agents.controller import Controller, ControllerConfig
+from agents.controller import TAUGHT, TAUGHT_ON, Controller, ControllerConfig
 from deploy.config import parse
 from deploy.controller_file import check_controller, read_controller
 from env.channels import ChannelPlan
@@ -37,13 +37,17 @@ def test_without_a_file_there_is_nothing_to_start_from() -> None:
     assert check_controller(None, CONFIG, plan(4, 6)) == []
 
 
-def test_what_comes_with_zeroout_fits_the_network_that_it_was_taught_on_and_no_other_begins_with_it() -> None:
-    start = parse('network.name = "vgg16"').controller_start
-    assert start is not None
-    vgg16 = NetworkForm(network=NetworkConfig(name="vgg16", width=0.1), channels=3, classes=10, image_size=32)
-    own = ChannelPlan(vgg16.build(), torch.zeros(1, 3, 32, 32))
+@pytest.mark.parametrize("name", TAUGHT_ON)
+def test_what_comes_with_zeroout_fits_the_networks_that_it_was_taught_on(name: str) -> None:
+    start = parse(f'network.name = "{name}"').controller_start
+    assert start == TAUGHT
+    form = NetworkForm(network=NetworkConfig(name=name, width=0.1), channels=3, classes=10, image_size=32)
+    own = ChannelPlan(form.build(), torch.zeros(1, 3, 32, 32))
     assert check_controller(start, ControllerConfig(), own) == []
-    for other in ('network.name = "resnet18"', "controller.hidden_size = 8", 'controller.observation = "mask"'):
+
+
+def test_no_other_campaign_begins_with_what_comes_with_zeroout() -> None:
+    for other in ('network.name = "resnet34"', "controller.hidden_size = 8", 'controller.observation = "mask"'):
         assert parse(other, ['network.name="vgg16"'] if "network" not in other else []).controller_start is None
 
 
@@ -52,7 +56,7 @@ def test_a_controller_that_has_been_taught_explores_less_where_nothing_is_said()
     assert parse(vgg16).schedule.exploration == TAUGHT_SIGMA
     assert parse(vgg16, ['controller.weights=""']).schedule.exploration == UNTAUGHT_SIGMA
     assert parse("", ["controller.weights=some.safetensors"]).schedule.exploration == TAUGHT_SIGMA
-    assert parse('network.name = "resnet18"').schedule.exploration == UNTAUGHT_SIGMA
+    assert parse('network.name = "resnet34"').schedule.exploration == UNTAUGHT_SIGMA
     assert parse(vgg16, ["search.sigma=0"]).schedule.exploration == 0.0
 
 
