@@ -35,11 +35,11 @@ def test_each_campaign_begins_with_what_those_before_have_taught(
     assert [row["learned"] for row in played] == [0, 4]
     assert len({row["fingerprint"] for row in played}) == 2
     assert all(-2 * math.log(10) <= row["return"] < 0.5 for row in played)
+    wider = bench(tmp_path, width=1.0)  # what was taught fits other networks, too
+    assert len(wider.played([1], [stages[-1]], jobs=1)) == 1
     said = capsys.readouterr().out
     assert said.count("taught by seed") == 2
     assert f"taught by 4 episodes: {stages[2].weights}" in said
-    wider = bench(tmp_path, width=1.0)  # what was taught fits other networks, too
-    assert len(wider.played([1], [stages[-1]], jobs=1)) == 1
     again = bench(tmp_path)  # all of it is there
     assert again.greedy(1, again.teach([0, 1])[-1]) == played[-1]
     assert "greedy" not in capsys.readouterr().out
