@@ -40,7 +40,7 @@ from env.measure import log_freed, one_less
 
 __all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-#: What 60 episodes on quarter-width VGG16 and 24 on ResNet18 have taught together (trial 28 of the search log).
+#: What 60 episodes on quarter-width VGG16 and 24 on ResNet18 have taught together (trials 28, 29 of the search log).
 TAUGHT = Path(__file__).with_name("taught.safetensors")
 #: The networks that it is for.
 TAUGHT_ON = ("vgg16", "resnet18")

@@ -374,3 +374,12 @@ def test_on_another_network_it_is_the_same_controller() -> None:
     torch.testing.assert_close(alone(seen, alone.initial_state())[0].log_harm, judgement.log_harm)
     with pytest.raises(ValueError, match="one network"):
         trained("mask").on(longer)
+
+
+def test_values_of_layers_and_of_depths_are_carried_over_linearly() -> None:
+    made = controller("features")
+    depths = made.by_depth.shape[1]
+    torch.testing.assert_close(torch.tensor([0.0, 1.0, 2.0]) @ made.by_depth, torch.linspace(0.0, 2.0, depths))
+    torch.testing.assert_close(
+        torch.arange(float(depths)) @ made.by_layer, torch.tensor([0.0, (depths - 1) / 2, depths - 1.0])
+    )
