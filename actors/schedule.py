@@ -200,11 +200,8 @@ def _learner_or_teacher(config: ScheduleConfig, group: str, place: int) -> tuple
     own = config.per_group - config.teachers
     left = 1.0 - (place - config.teachers) / max(own - 1, 1)
     epsilon = epsilon_ladder(place % config.actors, config) * left
-    return (
-        ("controller" if group == "search" else "controller-untrained"),
-        epsilon,
-        config.exploration * (0.25 + 0.75 * left),
-    )
+    sigma = config.exploration * (0.25 + 0.75 * left)
+    return ("controller" if group == "search" else "controller-untrained"), epsilon, sigma
 
 
 def epsilon_ladder(actor: int, config: ScheduleConfig) -> float:

@@ -60,7 +60,7 @@ class ControllerConfig:
     # Reward for each unit of a set's mean advantage (mask) or worth (features): about what one standard deviation of
     # a good score is worth (trial 20 of the search log).
     advantage_scale: float = 0.02
-    # What it starts from: "taught", the file that comes with Zeroout, on the network and with the sizes that it was
+    # What it starts from: "taught", the file that comes with Zeroout, on the networks and with the sizes that it was
     # taught with; the controller.safetensors of an earlier campaign, as far as it fits; "" for nothing.
     weights: str = "taught"
 

@@ -375,8 +375,8 @@ def main() -> None:
         if given.teach or given.curve:
             stages = bench.teach(given.seeds) if given.teach else [Taught(0, None), Taught(TAUGHT_EPISODES, TAUGHT)]
             there = replace(cell, network=given.on or cell.network)
-            stage = Bench(there, Ledger(given.results / f"{there.name}.jsonl"), given.work, bench.deadline_s)
-            played = stage.played(given.curve, stages, given.jobs)
+            elsewhere = replace(bench, cell=there, ledger=Ledger(given.results / f"{there.name}.jsonl"))
+            played = elsewhere.played(given.curve, stages, given.jobs)
             if played:
                 came_from = f"-from-{cell.network}" if there != cell else ""
                 print(write_curve(f"{there.name}{came_from}", played, given.results, command))

@@ -72,9 +72,9 @@ def teach(
         scratch = stack.enter_context(tempfile.TemporaryDirectory())
         client = connect(stack.enter_context(EmbeddedServer(Path(scratch))).url)
         stack.callback(client.close)
+        settings = replace(config.replay, min_sequences=0, shards=1)
         lessons: list[_Lesson] = []
         for number, of_one in enumerate(_by_ladder(folders, overrides)):
-            settings = replace(config.replay, min_sequences=0, shards=1)
             random = np.random.default_rng(derive_seed(config.seed, "teach", str(number)))
             replay = open_replay([client], f"zeroout:teach:{number}", settings, random)
             sequences = _fill(replay, of_one, redis_url, say)
