@@ -34,7 +34,7 @@ from actors.metrics import (
 )
 from actors.player import Brief, Services
 from env.channels import ChannelPlan
-from env.errors import NonFiniteError
+from env.errors import NonFiniteError, UserError
 from learner import checkpoint
 from learner.learner import Learner, UpdateReport
 from learner.replay.pipeline import PipelinedReplay
@@ -46,6 +46,7 @@ _log = logging.getLogger("zeroout")
 
 _IDLE_S = 0.1
 _BEAT_PERIOD_S = 0.5
+_MOST_SAID = 200  # characters of an error that names every parameter
 
 
 class Trainer:
@@ -55,6 +56,9 @@ class Trainer:
         brief: the campaign.
         checkpoints: the folder that checkpoints are kept in.
         metrics: told of each update and, with each heartbeat, of the replay.
+
+    Raises:
+        UserError: the newest checkpoint is of a Controller that this version does not build.
 
     """
 
@@ -72,9 +76,7 @@ class Trainer:
             brief.packing(plan),
         )
         self.replay.prepare = self.learner.prepare
-        saved = checkpoint.load_newest(checkpoints)
-        if saved is not None:
-            self.learner.load_state_dict(saved)
+        _restore(self.learner, checkpoints)
         self._last: UpdateReport | None = None
         self._delta_q: tuple[float, float] | None = None
         self._tallies = {
@@ -188,6 +190,23 @@ class Trainer:
         self.metrics.set(REPLAY_BYTES, stats.bytes)
         self.metrics.set(REPLAY_WAITING, float(stats.learner_waiting), who="learner")
         self.metrics.set(REPLAY_WAITING, float(stats.actors_waiting), who="actors")
+
+
+def _restore(learner: Learner, checkpoints: Path) -> None:
+    """Go on from the newest checkpoint, where there is one."""
+    saved = checkpoint.load_newest(checkpoints)
+    if saved is None:
+        return
+    try:
+        learner.load_state_dict(saved)
+    except (KeyError, RuntimeError, ValueError) as error:  # what torch raises over other names, shapes and groups
+        raise UserError(
+            f"checkpoints in {checkpoints}",
+            expected="the Controller that this version of Zeroout builds",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:_MOST_SAID]}",
+            remedy="resume with the version that the campaign began with (versions.json), or begin another in a new "
+            "folder; this one is untouched",
+        ) from error
 
 
 def _line(report: UpdateReport, delta_q: tuple[float, float] | None) -> str:

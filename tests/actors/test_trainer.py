@@ -26,7 +26,7 @@ from actors.metrics import (
 from actors.player import Brief, Player
 from actors.trainer import Trainer
 from env.data import Dataset
-from env.errors import NonFiniteError
+from env.errors import NonFiniteError, UserError
 from learner import checkpoint
 from learner.replay.codec import decode, encode
 from learner.replay.ledger import Ledger
@@ -94,6 +94,19 @@ def test_a_trainer_goes_on_from_its_checkpoint(
     ):
         assert torch.equal(mine, theirs)
     second.replay.close()
+
+
+def test_a_checkpoint_of_another_controller_is_named_and_left_alone(
+    learning: Brief, ledger: Ledger, tmp_path: Path
+) -> None:
+    first = Trainer(learning, tmp_path)
+    state = first.learner.state_dict()
+    first.replay.close()
+    state["controller"] = {name: tensor for name, tensor in state["controller"].items() if name != "lstm.weight_ih_l0"}
+    saved = checkpoint.save(tmp_path, state, 7)
+    with pytest.raises(UserError, match=r"checkpoints in .*lstm\.weight_ih_l0.*versions\.json"):
+        Trainer(learning, tmp_path)
+    assert (saved / "state.pt").is_file()
 
 
 def test_a_trainer_saves_when_asked_beside_its_run(
