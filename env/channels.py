@@ -46,14 +46,15 @@ _PLAIN = (bool, int, float, str, type(None))
 class Layer:
     """A group of units that stand side by side.
 
-    `modules` names the convolutions, linear layers and norms whose outputs the units are; unit number
-    `first + i` is the i-th of `units`.
+    `modules` names the convolutions, linear layers and norms whose outputs the units are, `readers` the convolutions
+    and linear layers whose inputs they are; unit number `first + i` is the i-th of `units`.
     """
 
     name: str
     first: int
     units: int
     modules: tuple[str, ...]
+    readers: tuple[str, ...]
 
 
 class ChannelPlan:
@@ -119,6 +120,11 @@ class ChannelPlan:
     def widths(self) -> Tensor:
         """int64 [L], units of each layer in the full network."""
         return torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
+
+    @property
+    def readers(self) -> Tensor:
+        """int64 [L], how many convolutions and linear layers read each layer; at least 1."""
+        return torch.tensor([max(1, len(layer.readers)) for layer in self.layers], dtype=torch.int64)
 
     def kept_per_layer(self, keep_mask: Tensor) -> Tensor:
         """Units kept in each layer: bool [..., F] -> int64 [..., L]."""
@@ -317,7 +323,13 @@ class _Cost:
 def _layers(groups: Sequence[Group]) -> Iterator[Layer]:
     first = 0
     for group in groups:
-        yield Layer(name=group.producers[0], first=first, units=group.units, modules=group.producers)
+        yield Layer(
+            name=group.producers[0],
+            first=first,
+            units=group.units,
+            modules=group.producers,
+            readers=group.readers,
+        )
         first += group.units
 
 

@@ -64,6 +64,11 @@ class Group:
         """Modules whose outputs the units are, in the network's order."""
         return tuple(dict.fromkeys(member.module for member in self.members if member.output))
 
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """Modules whose inputs the units are, in the network's order."""
+        return tuple(dict.fromkeys(member.module for member in self.members if not member.output))
+
 
 def find_groups(model: nn.Module, example: Tensor) -> tuple[list[Group], dict[str, str]]:
     """Return the groups that may be pruned, in the network's order, and module -> why it is left out.
@@ -250,8 +255,7 @@ def _lost_track(producer: str, unsure: Member, group: Group) -> str:
     how = "on the way they are reshaped, split, repeated, mixed, or joined with the image's"
     if not unsure.output:
         return f"{unsure.module} reads its channels, but which is which is not known: {how}"
-    readers = list(dict.fromkeys(member.module for member in group.members if not member.output))
-    shown = ", ".join(readers[:4]) + (", ..." if len(readers) > 4 else "")
+    shown = ", ".join(group.readers[:4]) + (", ..." if len(group.readers) > 4 else "")
     whose = "its channels" if unsure.module == producer else f"it is tied to {unsure.module}, whose channels"
     return f"{whose} cannot be followed to all that read them ({shown}): {how}"
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from agents.balance import UsualShapes, balanced
 from env.channels import ChannelPlan
@@ -32,6 +32,31 @@ def test_what_is_freed_for_each_nat_of_harm_by_hand() -> None:
         7: second - math.log(2 * (1 / 0.5 - 1)),
     }
     assert {i: float(found[i]) for i in expected} == pytest.approx(expected, abs=1e-5)
+
+
+class ReadTwice(nn.Module):
+    """A convolution that two others read, whose outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Conv2d(2, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
+        self.last = nn.Linear(6, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first = self.first(images)
+        return self.last((self.second(first) + self.third(first)).mean((2, 3)))
+
+
+def test_a_layer_that_two_others_read_does_its_harm_to_both() -> None:
+    plan = ChannelPlan(ReadTwice(), torch.zeros(1, 2, 4, 4))
+    assert plan.readers.tolist() == [2, 1]  # the sum of the other two is read by the linear layer alone
+    alive, quality, alike = torch.ones(1, 12, dtype=torch.bool), torch.arange(12.0)[None], torch.zeros(1, 2)
+    found = balanced(quality, alive, alike, plan, "parameters")[0]
+    # 18 + 42 + 42 + 28 = 130 parameters; a filter of the first frees 3 + 6 + 6, one of the joined 7 + 7 + 4
+    harm = 1 / 5 - 1 / 6
+    assert float(found[0]) == pytest.approx(math.log(15 / 130 / (2 * harm)), abs=1e-5)
+    assert float(found[6]) == pytest.approx(math.log(18 / 130 / harm), abs=1e-5)
+    assert UsualShapes(plan, "parameters").widths[1].tolist() == [6, 5]
 
 
 def test_rows_are_apart_and_what_all_layers_share_does_not_matter() -> None:
