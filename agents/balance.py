@@ -1,10 +1,11 @@
 """How a ranking within layers becomes one over all layers: whoever is left narrow does harm.
 
-What a layer of w filters costs the network's accuracy is taken to be c / w for each layer that reads it. Found by
-regression over 162 episodes of quarter-width VGG16 at 95 %: the widths that were left explain half of the variance of
-the cross-entropy after the short recovery, as a sum of such terms (benchmarks/results/search-log.md). There each layer
-has one reader; the sums of a residual network have several, which all starve where it is narrow (trial 30). So the
-filter goes first whose layer is harmed least for each parameter that it frees.
+What a layer of w filters costs the network's accuracy is taken to be c / w for each way through it, from a layer that
+writes it to one that reads it. Found by regression over 162 episodes of quarter-width VGG16 at 95 %: the widths that
+were left explain half of the variance of the cross-entropy after the short recovery, as a sum of such terms
+(benchmarks/results/search-log.md). There one way leads through each layer; through the sums of a residual network there
+are up to twelve, and where such a sum is narrow, all of them are (trial 30). So the filter goes first whose layer is
+harmed least for each parameter that it frees.
 
 With c alike in all layers that is the heuristic `balanced`, and what it leaves of a network is its usual shape: the
 Controller learns by how much other shapes are better or worse.
@@ -30,7 +31,7 @@ def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan
     """Natural log of what is freed for each nat of harm, the highest of which goes first.
 
     A layer gives up its filters in rising order of `quality`; the k-th of them takes it from w - k + 1 filters to
-    w - k, which does the harm c / (w - k) - c / (w - k + 1) to each layer that reads it.
+    w - k, which does the harm c / (w - k) - c / (w - k + 1) for each way through the layer.
 
     Args:
         quality: float [N, F], to compare filters within a layer.
@@ -48,7 +49,7 @@ def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan
     gone = places_in_layers(places(-quality, alive), alive, plan)
     before = (kept[..., layer_of] - gone).clamp(min=1).float()
     after = (before - 1).clamp(min=NARROWEST)
-    log_harm = log_harm + plan.readers.to(alive.device).log()
+    log_harm = log_harm + plan.paths.to(alive.device).log()
     harm = (1.0 / after - 1.0 / before).log() + log_harm[..., layer_of]
     return log_freed(measure, plan, kept)[..., layer_of] - harm
 
@@ -87,7 +88,7 @@ def _narrowing(plan: ChannelPlan, measure: str) -> Iterator[Tensor]:
     kept = plan.widths.clone()
     while True:
         yield kept.clone()
-        harm = plan.readers * (1.0 / (kept - 1).clamp(min=NARROWEST) - 1.0 / kept.clamp(min=1))
+        harm = plan.paths * (1.0 / (kept - 1).clamp(min=NARROWEST) - 1.0 / kept.clamp(min=1))
         worth = torch.where(kept > 1, log_freed(measure, plan, kept) - harm.log(), -torch.inf)
         layer = int(worth.argmax())
         if kept[layer] <= 1:

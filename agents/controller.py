@@ -14,7 +14,7 @@ narrow is learned, and so is what makes a filter of a layer better than another:
 
     Q(s, A) = V(s) - sum_l n_l c_l(s) (1 / w_l - 1 / u_l) - scale * mean over A of r(s, filter)
 
-where n_l is how many layers read layer l: several in a residual network, one in a plain one.
+where n_l is how many ways lead through layer l: several in a residual network, one in a plain one.
 Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. Before it has
 learned anything all c are alike and r is the Taylor score: it plays `balanced`. No weight belongs to one network: a
 layer is read and judged by its own numbers and its depth, so that what some networks teach fits all.
@@ -122,7 +122,7 @@ class Controller(QNetwork):
     """
 
     layer_of: Tensor
-    readers: Tensor  # int64 [L], layers that read each layer
+    paths: Tensor  # int64 [L], ways through each layer
     by_depth: Tensor  # float32 [L, D], from values of the layers to values at D depths
     by_layer: Tensor  # float32 [D, L], and back
 
@@ -139,7 +139,7 @@ class Controller(QNetwork):
             self.advantage = nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, plan.units))
         else:
             self.usual = UsualShapes(plan, measure)
-            self.register_buffer("readers", plan.readers, persistent=False)
+            self.register_buffer("paths", plan.paths, persistent=False)
             self.register_buffer("by_depth", _interpolation(len(plan.layers), _DEPTHS), persistent=False)
             self.register_buffer("by_layer", _interpolation(_DEPTHS, len(plan.layers)), persistent=False)
             self.layer_input = nn.Linear(_LAYER_INPUTS, config.layer_size)
@@ -233,7 +233,7 @@ class Controller(QNetwork):
     def _harm(self, log_harm: Tensor, left: Tensor) -> Tensor:
         """What a shape does to the return, beside the usual one: log c [..., L], int64 [..., L] left -> [...]."""
         usual: Tensor = self.usual(left)
-        return (self.readers * log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
+        return (self.paths * log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
 
     def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
         scores, means = self._scores(seen, kept)

@@ -46,15 +46,16 @@ _PLAIN = (bool, int, float, str, type(None))
 class Layer:
     """A group of units that stand side by side.
 
-    `modules` names the convolutions, linear layers and norms whose outputs the units are, `readers` the convolutions
-    and linear layers whose inputs they are; unit number `first + i` is the i-th of `units`.
+    `modules` names the convolutions, linear layers and norms whose outputs the units are; unit number
+    `first + i` is the i-th of `units`. `paths` counts the ways through them, from each convolution or linear layer that
+    writes them to each that reads them; one that reads and writes them channel by channel (depthwise) is part of a way.
     """
 
     name: str
     first: int
     units: int
     modules: tuple[str, ...]
-    readers: tuple[str, ...]
+    paths: int
 
 
 class ChannelPlan:
@@ -101,7 +102,7 @@ class ChannelPlan:
 
     def _assign(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Number the units of these groups, and find the places they own."""
-        self.layers = tuple(_layers(groups))
+        self.layers = tuple(_layers(model, groups))
         self.layer_of = torch.repeat_interleave(
             torch.arange(len(self.layers)), torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
         )
@@ -122,9 +123,9 @@ class ChannelPlan:
         return torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
 
     @property
-    def readers(self) -> Tensor:
-        """int64 [L], how many convolutions and linear layers read each layer; at least 1."""
-        return torch.tensor([max(1, len(layer.readers)) for layer in self.layers], dtype=torch.int64)
+    def paths(self) -> Tensor:
+        """int64 [L], the ways through each layer: 1 in a plain network, more where outputs are added or joined."""
+        return torch.tensor([layer.paths for layer in self.layers], dtype=torch.int64)
 
     def kept_per_layer(self, keep_mask: Tensor) -> Tensor:
         """Units kept in each layer: bool [..., F] -> int64 [..., L]."""
@@ -320,7 +321,7 @@ class _Cost:
         return (sizes * self.factor.to(kept.device)).sum(-1).to(torch.int64)
 
 
-def _layers(groups: Sequence[Group]) -> Iterator[Layer]:
+def _layers(model: nn.Module, groups: Sequence[Group]) -> Iterator[Layer]:
     first = 0
     for group in groups:
         yield Layer(
@@ -328,9 +329,15 @@ def _layers(groups: Sequence[Group]) -> Iterator[Layer]:
             first=first,
             units=group.units,
             modules=group.producers,
-            readers=group.readers,
+            paths=max(1, len(_writers(model, group)) * len(group.readers)),
         )
         first += group.units
+
+
+def _writers(model: nn.Module, group: Group) -> list[str]:
+    """The convolutions and linear layers that make the group's channels of others."""
+    modules = {name: model.get_submodule(name) for name in group.producers}
+    return [name for name, module in modules.items() if isinstance(module, PRODUCERS) and not is_depthwise(module)]
 
 
 def _owners(model: nn.Module, groups: Sequence[Group], layers: Sequence[Layer]) -> dict[str, dict[int, Tensor]]:

@@ -47,14 +47,14 @@ class ReadTwice(nn.Module):
         return self.last((self.second(first) + self.third(first)).mean((2, 3)))
 
 
-def test_a_layer_that_two_others_read_does_its_harm_to_both() -> None:
+def test_a_layer_does_its_harm_on_each_way_through_it() -> None:
     plan = ChannelPlan(ReadTwice(), torch.zeros(1, 2, 4, 4))
-    assert plan.readers.tolist() == [2, 1]  # the sum of the other two is read by the linear layer alone
+    assert plan.paths.tolist() == [2, 2]  # one writer and two readers, then two writers and one reader
     alive, quality, alike = torch.ones(1, 12, dtype=torch.bool), torch.arange(12.0)[None], torch.zeros(1, 2)
     found = balanced(quality, alive, alike, plan, "parameters")[0]
     # 18 + 42 + 42 + 28 = 130 parameters; a filter of the first frees 3 + 6 + 6, one of the joined 7 + 7 + 4
-    harm = 1 / 5 - 1 / 6
-    assert float(found[0]) == pytest.approx(math.log(15 / 130 / (2 * harm)), abs=1e-5)
+    harm = 2 * (1 / 5 - 1 / 6)
+    assert float(found[0]) == pytest.approx(math.log(15 / 130 / harm), abs=1e-5)
     assert float(found[6]) == pytest.approx(math.log(18 / 130 / harm), abs=1e-5)
     assert UsualShapes(plan, "parameters").widths[1].tolist() == [6, 5]
 

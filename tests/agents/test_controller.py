@@ -146,10 +146,10 @@ def test_the_value_of_a_set_is_that_of_the_shape_it_leaves_by_hand() -> None:
     assert float(made.q_of(judgement, action, seen)) == pytest.approx(expected)
 
 
-def test_a_layer_that_two_others_read_does_its_harm_twice() -> None:
+def test_a_layer_with_two_ways_through_it_does_its_harm_twice() -> None:
     made, seen = controller("features"), observations(1, 1, dead=0.0)
     made.usual.removed, made.usual.widths = torch.tensor([0.0]), torch.tensor([[5.0, 4.0, 2.0]])
-    made.readers = torch.tensor([1, 2, 1])
+    made.paths = torch.tensor([1, 2, 1])
     judgement = shaped(log_harm=[0.0, math.log(2.0), math.log(3.0)], worth=[0.0] * 15)
     action = torch.zeros(1, 1, 15, dtype=torch.bool)
     action[..., [1, 4, 8]] = True  # left: 3, 6, 3

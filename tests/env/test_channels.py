@@ -285,7 +285,7 @@ def test_vgg16_has_one_layer_for_each_convolution() -> None:
     convolutions = [name for name, module in network.named_modules() if isinstance(module, nn.Conv2d)]
     assert [layer.name for layer in plan.layers] == convolutions
     assert plan.widths.tolist() == [4, 4, 8, 8, 15, 15, 15, 31, 31, 31, 31, 31, 31]
-    assert [len(layer.readers) for layer in plan.layers] == plan.readers.tolist() == [1] * 13
+    assert plan.paths.tolist() == [1] * 13
 
 
 def test_a_residual_sum_joins_its_blocks_and_skip_convolutions_part_them() -> None:
@@ -294,9 +294,8 @@ def test_a_residual_sum_joins_its_blocks_and_skip_convolutions_part_them() -> No
     assert len(coupled.layers) == 4 + 8  # a stage each, and the inside of each block
     stem = coupled.layers[0].modules
     assert {"conv", "bn", "stages.0.0.conv2", "stages.0.1.conv2"} <= set(stem)
-    shortcut = "stages.1.0.shortcut.0"
-    assert coupled.layers[0].readers == ("stages.0.0.conv1", "stages.0.1.conv1", "stages.1.0.conv1", shortcut)
-    assert coupled.readers.tolist() == [4, 1, 1, 1, 3, 1, 1, 3, 1, 1, 2, 1]
+    # the stem and two blocks write the first sum, which those, the next stage's first block and its shortcut read
+    assert coupled.paths.tolist() == [3 * 4, 1, 1, 1, 3 * 3, 1, 1, 3 * 3, 1, 1, 3 * 2, 1]
     assert len(parted.layers) == 4 + 8 + 5
     joined = next(layer.modules for layer in parted.layers if "stages.0.0.conv2" in layer.modules)
     assert set(joined) == {"stages.0.0.conv2", "stages.0.0.bn2", "stages.0.0.shortcut"}
@@ -317,7 +316,7 @@ def test_a_concatenation_has_an_owner_for_each_place() -> None:
 def test_a_depthwise_convolution_goes_with_its_input() -> None:
     network, plan = made("depthwise")
     assert plan.layers[0].modules == ("0", "1", "3", "4")
-    assert len(plan.layers[0].readers) == 1
+    assert plan.paths.tolist() == [1, 1]
     compact = plan.compact(network, torch.tensor([1, 0, 1, 1, 0, *[1] * 7]).bool())
     module = compact.get_submodule("3")
     assert isinstance(module, nn.Conv2d)
