@@ -41,9 +41,9 @@ from env.measure import log_freed, one_less
 
 __all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-#: What 60 episodes on quarter-width VGG16 and 24 on ResNet18 have taught together (trials 28, 29 of the search log).
+#: What 60 episodes on quarter-width VGG16 have taught together (trial 31 of the search log).
 TAUGHT = Path(__file__).with_name("taught.safetensors")
-#: The networks that it is for.
+#: The networks on which it was measured.
 TAUGHT_ON = ("vgg16", "resnet18")
 
 _HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
@@ -124,7 +124,6 @@ class Controller(QNetwork):
     layer_of: Tensor
     paths: Tensor  # int64 [L], ways through each layer
     by_depth: Tensor  # float32 [L, D], from values of the layers to values at D depths
-    by_layer: Tensor  # float32 [D, L], and back
 
     def __init__(self, config: ControllerConfig, plan: ChannelPlan, measure: str = "parameters") -> None:
         super().__init__()
@@ -141,13 +140,11 @@ class Controller(QNetwork):
             self.usual = UsualShapes(plan, measure)
             self.register_buffer("paths", plan.paths, persistent=False)
             self.register_buffer("by_depth", _interpolation(len(plan.layers), _DEPTHS), persistent=False)
-            self.register_buffer("by_layer", _interpolation(_DEPTHS, len(plan.layers)), persistent=False)
             self.layer_input = nn.Linear(_LAYER_INPUTS, config.layer_size)
             self.state_input = nn.Linear(hidden, config.layer_size, bias=False)
             self.layer_output = nn.Linear(config.layer_size + _LAYER_INPUTS, 1, bias=False)
-            self.depth_term = nn.Linear(hidden, _DEPTHS)
             self.filter_weights = nn.Linear(hidden, len(FEATURES))
-            for head in (self.layer_output, self.depth_term, self.filter_weights):
+            for head in (self.layer_output, self.filter_weights):
                 _zero(head)
             with torch.no_grad():
                 self.filter_weights.bias[FEATURES.index("log_taylor")] = 1.0
@@ -240,7 +237,7 @@ class Controller(QNetwork):
         inputs = self._layer_inputs(seen, kept, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
-        log_harm = math.log(_HARM) + shared + self.depth_term(memory) @ self.by_layer
+        log_harm = math.log(_HARM) + shared
         worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
         return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
 
@@ -255,24 +252,22 @@ class Controller(QNetwork):
 
     def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:
         """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
-        widths, layers = self.plan.widths.to(kept.device), kept.shape[-1]
-        depth = torch.linspace(-1.0, 1.0, layers, device=kept.device).expand(kept.shape)
         freed = {name: log_freed(name, self.plan, kept) for name in {self.measure, "macs", "parameters"}}
-        resolution = freed["macs"] - freed["parameters"]
-        resolution = resolution - resolution.mean(-1, keepdim=True)
-        sizes = [kept / widths, kept.clamp(min=1).log() / _LOG_SCALE, freed[self.measure] / _LOG_SCALE]
-        own = [*sizes, resolution, depth, depth.square()]
-        shared = seen.compression[..., None].expand(kept.shape)
-        return torch.cat([torch.stack([*own, shared], dim=-1), means / _LOG_SCALE], dim=-1)
+        whole = (self.plan.macs(kept) / self.plan.parameters(kept)).log()[..., None]
+        positions = freed["macs"] - freed["parameters"] + whole
+        logs = torch.stack([kept.clamp(min=1).log(), freed[self.measure], positions], dim=-1)
+        share = kept / self.plan.widths.to(kept.device)
+        own = torch.stack([share, seen.compression[..., None].expand(kept.shape)], dim=-1)
+        return torch.cat([own, logs / _LOG_SCALE, means / _LOG_SCALE], dim=-1)
 
 
 #: Depths at which a network is looked at, however many layers it has, so that what is learned fits every network.
 _DEPTHS = 16
 
 _LOG_SCALE = 5.0  # brings logarithms of widths, costs and scores to about [-2, 2]
-#: of a layer: share and log of what is left, log cost, log of the MACs that a parameter does, depth and its square; the
-#: compression; mean log scores
-_LAYER_INPUTS = 7 + len(FEATURES)
+#: of a layer: the share that is left, the network's compression; logs of what is left, of what a filter costs and of at
+#: how many positions its parameters are used; mean log scores
+_LAYER_INPUTS = 5 + len(FEATURES)
 
 
 def set_value(judgement: DuelingJudgement, action: Tensor, alive: Tensor, *, scale: float) -> Tensor:

@@ -34,8 +34,8 @@ from deploy.folder import CampaignFolder, read_json
 from deploy.teach import teach
 
 RESULTS = Path(__file__).parent / "results" / "search"
-#: Behind `agents.controller.TAUGHT`: seven campaigns of twelve.
-TAUGHT_EPISODES = 84
+#: Behind `agents.controller.TAUGHT`: five campaigns of twelve.
+TAUGHT_EPISODES = 60
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
@@ -68,14 +68,13 @@ that stays the same, whatever happens to the code (the row names its commit). De
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what `zeroout
 teach` learns from the episodes of those before it together: their recovery after an episode is longer than in the
 comparison, and their seeds are not among its seeds. agents/taught.safetensors, which campaigns begin with, is what
-`zeroout teach` learns from those of both networks together.
+`zeroout teach` learns from those of VGG16 together; it has seen no ResNet18.
 --curve draws what a Controller plays without exploration: with --teach after each campaign, on that network or the one
 that --on names; alone that copy, beside an untaught one, on whatever network.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4
-  python -m benchmarks.search --data .data --teach --network resnet18 --seeds 3 4
-  zeroout teach .search/*-teach-*/ --set replay.replay_ratio=64 --out agents/taught.safetensors
+  zeroout teach .search/vgg16-*-teach-*/ --set replay.replay_ratio=64 --out agents/taught.safetensors
                                                                         the Controller that the comparison begins with
   python -m benchmarks.search --data .data --network resnet18 --curve 0 1 2         what it plays on other seeds
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 --curve 5 6        and what it plays by stages

@@ -162,12 +162,11 @@ def test_what_harms_more_goes_later_and_what_a_filter_is_worth_decides_within_it
     before, _ = made(seen, made.initial_state())
     ranked = made.advantages(before, seen)[0, 0]
     with torch.no_grad():
-        made.depth_term.bias[7:9] = 2.0  # the middle of the three layers lies half way between these two depths
         made.filter_weights.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))
     after, _ = made(seen, made.initial_state())
     assert isinstance(before, ShapeJudgement)
     assert isinstance(after, ShapeJudgement)
-    torch.testing.assert_close(after.log_harm - before.log_harm, torch.tensor([[[0.0, 2.0, 0.0]]]))
+    after = dataclasses.replace(after, log_harm=before.log_harm + torch.tensor([0.0, 2.0, 0.0]))
     middle = slice(5, 12)
     ranked_after = made.advantages(after, seen)[0, 0]
     assert float((ranked_after - ranked)[middle].mean()) == pytest.approx(-2.0, abs=1e-5)
@@ -387,10 +386,20 @@ def test_on_another_network_it_is_the_same_controller() -> None:
         trained("mask").on(longer)
 
 
-def test_values_of_layers_and_of_depths_are_carried_over_linearly() -> None:
+def test_values_of_layers_are_carried_over_to_depths_linearly() -> None:
     made = controller("features")
     depths = made.by_depth.shape[1]
     torch.testing.assert_close(torch.tensor([0.0, 1.0, 2.0]) @ made.by_depth, torch.linspace(0.0, 2.0, depths))
-    torch.testing.assert_close(
-        torch.arange(float(depths)) @ made.by_layer, torch.tensor([0.0, (depths - 1) / 2, depths - 1.0])
-    )
+
+
+@pytest.mark.parametrize("measure", ["parameters", "macs"])
+def test_a_layer_is_judged_by_the_positions_at_which_its_parameters_are_used_by_hand(measure: str) -> None:
+    made, seen = controller("features", measure=measure), observations(1, 1, dead=0.0)
+    with torch.no_grad():
+        made.layer_output.weight[0, 6 + 4] = 5.0  # after the 6 hidden units, beside the scale of logarithms
+    judgement, _ = made(seen, made.initial_state())
+    assert isinstance(judgement, ShapeJudgement)
+    # a filter's own weights and those that read it work at all 16 positions, but for the linear layer's; biases and
+    # batch-norm are parameters without MACs
+    positions = [16 * (18 + 63) / (18 + 3 + 63), 16 * (45 + 27) / (45 + 3 + 27), (16 * 63 + 4) / (63 + 1 + 4)]
+    torch.testing.assert_close(judgement.log_harm[0, 0].exp(), 0.5 * torch.tensor(positions))
