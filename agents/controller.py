@@ -236,8 +236,7 @@ class Controller(QNetwork):
         scores, means = self._scores(seen, kept)
         inputs = self._layer_inputs(seen, kept, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
-        shared = self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
-        log_harm = math.log(_HARM) + shared
+        log_harm = math.log(_HARM) + self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
         return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
 
