@@ -31,7 +31,7 @@ def read_controller(path: Path | None) -> bytes:
 
 
 def check_controller(path: Path | None, config: ControllerConfig, plan: ChannelPlan) -> list[str]:
-    """Return the names of the parameters that the file cannot start, as it is of a Controller for another network.
+    """Return the names of the parameters that the file cannot start, as they have other shapes there.
 
     Raises UserError as `read_controller`, and when nothing of it fits.
     """

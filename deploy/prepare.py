@@ -106,7 +106,7 @@ def preflight(
         _check_macs(plan, warn)
     left = check_controller(config.controller_start, config.controller, plan)
     if left:
-        warn(f"controller.weights: of another network, so these begin anew: {', '.join(left)}")
+        warn(f"controller.weights: of other sizes or another version, so these begin anew: {', '.join(left)}")
     measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
