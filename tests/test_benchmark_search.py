@@ -10,6 +10,7 @@ from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
 from benchmarks import search
 from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
+from benchmarks.search_methods.page import write_page
 from deploy.config import load
 
 
@@ -43,6 +44,33 @@ def test_each_campaign_begins_with_what_those_before_have_taught(
     again = bench(tmp_path)  # all of it is there
     assert again.greedy(1, again.teach([0, 1])[-1]) == played[-1]
     assert "greedy" not in capsys.readouterr().out
+
+
+def test_a_page_compares_the_others_with_ours_on_test_and_by_the_later_half_of_the_episodes_by_hand(
+    tmp_path: Path,
+) -> None:
+    def row(method: str, seed: int, test: float, *returns: float) -> dict[str, Any]:
+        episodes = [[method, 0.0, value, 0] for value in returns]
+        return {
+            "method": method, "seed": seed, "test": test, "validation": 0.7, "baseline_validation": 0.8, "images": 9,
+            "seconds": 1.0, "machine": "one", "episodes": episodes,
+        }  # fmt: skip
+
+    rows = [
+        row("fresh", 0, 0.75, -0.9, -0.8, -0.3, -0.1), row("untrained", 0, 0.74, -0.9, -0.8, -0.5, -0.3),
+        row("fresh", 1, 0.77, -0.9, -0.8, -0.2, -0.2), row("untrained", 1, 0.74, -0.9, -0.8, -0.4, -0.2),
+        row("uniform", 0, 0.70),
+    ]  # fmt: skip
+    page = write_page("cell", rows, tmp_path, "command")
+    # on test 1 and 3 points apart: mean 2, standard error 1, t = 2 with one degree of freedom
+    assert "| untrained | 2 | 74.00 (0.00) | 70.00 (0.00) | -10.00 | +2.00 (2 of 2 seeds) | 0.295 | 9 | 1 |" in page
+    assert "| fresh | 2 | 76.00 (1.41) | 70.00 (0.00) | -10.00 | - | - | 9 | 1 |" in page
+    # the later halves: -0.2 and -0.2 against -0.4 and -0.3; t = 3
+    assert "| untrained | -0.350 (0.071) | +0.150 (2 of 2 seeds) | 0.205 |" in page
+    assert "| uniform | -" not in page.split("later half")[1]
+    assert (tmp_path / "cell.png").is_file()
+    alone = write_page("alone", [rows[1]], tmp_path, "command")
+    assert "Ours" not in alone
 
 
 def test_what_is_taught_explores_less_and_is_told_apart(tmp_path: Path) -> None:

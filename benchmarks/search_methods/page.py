@@ -13,7 +13,9 @@ from benchmarks.paired import difference, spread
 __all__ = ["write_page"]
 
 Row = Mapping[str, Any]
-OURS = "controller"
+#: Whom the others are compared with: the first that is there.
+OURS = ("controller", "fresh")
+_LEAST_P = 0.001  # below it, its digits say nothing
 #: Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
     "controller": "#D55E00",
@@ -35,6 +37,7 @@ def write_page(cell: str, rows: Sequence[Row], folder: Path, command: str) -> st
     for row in rows:
         by_method.setdefault(row["method"], {})[row["seed"]] = row
     order = sorted(by_method, key=lambda name: -_mean(by_method[name], "test"))
+    ours = next((name for name in OURS if name in by_method), "")
     lines = [
         f"# {cell}: who finds the better small network",
         "",
@@ -42,12 +45,21 @@ def write_page(cell: str, rows: Sequence[Row], folder: Path, command: str) -> st
         "",
         f"machine: {', '.join(sorted({row['machine'] for row in rows}))}. Accuracies in per cent: mean over seeds",
         "(standard deviation), on validation as chosen by and on test as opened once. Change: from the baseline of the",
-        "same seed, in points of validation accuracy. Ours less theirs: paired by seed, on test; p of a paired t",
-        "test, two-sided.",
+        "same seed, in points of validation accuracy.",
+        *([f"Ours, {ours}, less theirs: paired by seed, on test; p of a paired t test, two-sided."] if ours else []),
         "",
         "| method | n | test | validation | change | ours less theirs | p | images retrained | episodes' seconds |",
         "|---|---|---|---|---|---|---|---|---|",
-        *(_line(name, by_method) for name in order),
+        *(_line(name, by_method, ours) for name in order),
+        "",
+        "## Return of the later half of the episodes",
+        "",
+        "Minus the nats of validation cross-entropy lost, after the short recovery: mean over the later half of each",
+        "campaign's episodes, where a learner has something to show, then over seeds (standard deviation).",
+        "",
+        "| method | return | ours less theirs | p |",
+        "|---|---|---|---|",
+        *(_returns_line(name, by_method, ours) for name in order if _later_returns(by_method[name])),
         "",
         "## By seed, test",
         "",
@@ -63,24 +75,37 @@ def write_page(cell: str, rows: Sequence[Row], folder: Path, command: str) -> st
     return text
 
 
-def _line(name: str, by_method: Mapping[str, Mapping[int, Row]]) -> str:
+def _line(name: str, by_method: Mapping[str, Mapping[int, Row]], ours: str) -> str:
     mine = by_method[name]
     change = [100 * (row["validation"] - row["baseline_validation"]) for row in mine.values()]
     validation = {seed: 100 * row["validation"] for seed, row in mine.items()}
     images = statistics.fmean(row["images"] for row in mine.values())
     seconds = statistics.fmean(row["seconds"] for row in mine.values())
+    paired = _paired(_test(by_method.get(ours, {})), {} if name == ours else _test(mine))
     return (
         f"| {name} | {len(mine)} | {spread(_test(mine))} | {spread(validation)} | "
-        f"{statistics.fmean(change):+.2f} | {_paired(name, by_method)} | {images:,.0f} | {seconds:,.0f} |"
+        f"{statistics.fmean(change):+.2f} | {paired} | {images:,.0f} | {seconds:,.0f} |"
     )
 
 
-def _paired(name: str, by_method: Mapping[str, Mapping[int, Row]]) -> str:
-    apart = None if name == OURS else difference(_test(by_method.get(OURS, {})), _test(by_method[name]))
+def _returns_line(name: str, by_method: Mapping[str, Mapping[int, Row]], ours: str) -> str:
+    mine = _later_returns(by_method[name])
+    paired = _paired(_later_returns(by_method.get(ours, {})), {} if name == ours else mine, 3)
+    return f"| {name} | {spread(mine, 3)} | {paired} |"
+
+
+def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int = 2) -> str:
+    apart = difference(ours, theirs)
     if apart is None:
         return "- | -"
-    p = "-" if math.isnan(apart.p) else f"{apart.p:.3f}"
-    return f"{apart.mean:+.2f} ({apart.wins} of {apart.n} seeds) | {p}"
+    p = "-" if math.isnan(apart.p) else f"{apart.p:.3f}" if apart.p >= _LEAST_P else f"< {_LEAST_P}"
+    return f"{apart.mean:+.{digits}f} ({apart.wins} of {apart.n} seeds) | {p}"
+
+
+def _later_returns(rows: Mapping[int, Row]) -> dict[int, float]:
+    """By seed; without those that play no episodes."""
+    returns = {seed: [episode[2] for episode in row["episodes"]] for seed, row in rows.items() if row["episodes"]}
+    return {seed: statistics.fmean(played[len(played) // 2 :]) for seed, played in returns.items()}
 
 
 def _test(rows: Mapping[int, Row]) -> dict[int, float]:
