@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 from urllib.error import HTTPError
 
 import numpy as np
@@ -178,8 +178,16 @@ class _Inert:
         self.state = state
 
 
-class _Unpickler(pickle.Unpickler):
-    """Reads Python 2's strings as bytes, and runs no code of the pickle's choice."""
+class _Unpickler(pickle._Unpickler):
+    """Reads Python 2's strings as bytes, and runs no code of the pickle's choice.
+
+    The one in C makes room for as many remembered objects as a pickle says it has: a single damaged byte can ask it for
+    all memory there is. So could a bytearray's length; no batch has one.
+    """
+
+    dispatch: ClassVar = {
+        code: load for code, load in pickle._Unpickler.dispatch.items() if code != pickle.BYTEARRAY8[0]
+    }
 
     def find_class(self, module: str, name: str) -> type[_Inert]:
         """An inert stand-in for the three names of a pickled array; UnpicklingError for any other."""

@@ -1,6 +1,7 @@
 import contextlib
 import hashlib
 import io
+import resource
 import socket
 import struct
 import tarfile
@@ -353,6 +354,21 @@ def test_a_pickle_runs_no_code(file: Path, tmp_path: Path, construct: bytes) -> 
     with pytest.raises(UserError, match=r"data_batch_1 .*(UnpicklingError|pickled batch)"):
         read_cifar10(file)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        pytest.param(b"}r" + (2**26).to_bytes(4, "little"), id="LONG_BINPUT"),  # room for as many pointers: 1 GiB
+        pytest.param(b"\x96" + (2**30).to_bytes(8, "little"), id="BYTEARRAY8"),
+    ],
+)
+def test_a_pickle_that_claims_to_hold_much_takes_no_memory_for_it(file: Path, claim: bytes) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write(file, {**members(), "data_batch_1": b"\x80\x02" + claim + b"."})
+    with pytest.raises(UserError, match="data_batch_1"):
+        read_cifar10(file)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18  # KiB: 256 MiB
 
 
 @settings(deadline=None, max_examples=60)
