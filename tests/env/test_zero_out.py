@@ -61,7 +61,9 @@ def test_a_trained_network_masked_equals_it_compact(name: str, seed: int) -> Non
     compact = plan.compact(network, keep_mask)
     assert not keep_mask.all()
     assert sum(p.numel() for p in compact.parameters()) < sum(p.numel() for p in network.parameters())
-    assert (masked(images) - compact(images)).abs().max() <= 1e-5
+    expected = masked(images)
+    largest = max(1.0, float(expected.abs().max()))  # float32 is as exact as its numbers are small
+    assert (expected - compact(images)).abs().max() <= 1e-5 * largest
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18 coupled", "resnet18 convolution"])
