@@ -17,7 +17,7 @@ narrow is learned, and so is what makes a filter of a layer better than another:
 where n_l is how many ways lead through layer l: several in a residual network, one in a plain one.
 Its ranking is that Q's own: the filter goes first that does the least harm for each parameter it frees. Before it has
 learned anything all c are alike and r is the Taylor score: it plays `balanced`. No weight belongs to one network: a
-layer is read and judged by its own numbers and its depth, so that what some networks teach fits all.
+layer is judged by its own numbers and not by its place, so that what some networks teach fits all.
 
 The u_l make no difference between actions that remove as much. They are there for learning: a shape's own part in Q is
 then about 0 in the mean of all episodes and at every step, so that V alone takes up the mean return, and few updates

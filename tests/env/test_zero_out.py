@@ -61,9 +61,8 @@ def test_a_trained_network_masked_equals_it_compact(name: str, seed: int) -> Non
     compact = plan.compact(network, keep_mask)
     assert not keep_mask.all()
     assert sum(p.numel() for p in compact.parameters()) < sum(p.numel() for p in network.parameters())
-    expected = masked(images)
-    largest = max(1.0, float(expected.abs().max()))  # float32 is as exact as its numbers are small
-    assert (expected - compact(images)).abs().max() <= 1e-5 * largest
+    # in float64: logits of 31 differ by 1.1e-5 in float32, by rounding alone
+    assert (masked.double()(images.double()) - compact.double()(images.double())).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("name", ["vgg16", "resnet18 coupled", "resnet18 convolution"])
