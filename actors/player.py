@@ -65,7 +65,7 @@ __all__ = ["Brief", "Player", "Services", "fresh_controller", "ladder_of", "pack
 _log = logging.getLogger("zeroout")
 
 _PATIENCE_S = 120.0  # a worker sits out a Redis that is away for so long, and loses nothing
-_RENEWALS = 3  # of a lease while it would last
+_RENEWALS = 6  # of a lease while it would last
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +188,7 @@ class Player:
             return None
         chosen = order(self.brief.schedule, claimed, seed=self.brief.seed)
         self.env = self._environment(importance_of(chosen.policy))
-        self._recognizer.on_minibatch = partial(self._retraining, claimed)
+        self._recognizer.on_minibatch = partial(self._keep_lease, claimed)
         fingerprint = self.brief.fingerprint(chosen)
         episode = self._taken_up(chosen, fingerprint) or self._begun(chosen, fingerprint)
         played = rollout(
@@ -331,18 +331,15 @@ class Player:
         policy = decider(chosen, self.plan, self.brief.measure.name, controller=network, offsets=offsets)
         return policy if isinstance(policy, ControllerPolicy) else Shadowed(policy, controller)
 
-    def _retraining(self, episode: int) -> None:
-        """Keep the lease in a retraining, which may last longer than it."""
+    def _keep_lease(self, episode: int) -> None:
+        """Renew the lease where a part of it is over: after each step, and in a retraining, which may outlast it."""
         if time.monotonic() - self._renewed > self.brief.lease_s / _RENEWALS:
-            self._renew(episode)
-
-    def _renew(self, episode: int) -> None:
-        self._renewed = time.monotonic()
-        self.services.ledger.renew(episode, self.name, self.brief.lease_s)
+            self._renewed = time.monotonic()
+            self.services.ledger.renew(episode, self.name, self.brief.lease_s)
 
     def _on_step(self, episode: "_Episode", now: StepReport) -> None:
         number, ledger = episode.chosen.episode, self.services.ledger
-        self._renew(number)
+        self._keep_lease(number)
         state = {"episode": number, "step": now.step, "compression": now.compression, "accuracy": now.accuracy}
         ledger.beat(self.name, json.dumps(state))
         self.metrics.add(PLAYER_STEPS)
@@ -355,7 +352,7 @@ class Player:
         if newest is not None:
             self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - episode.weights_version))
         period = self.brief.schedule.snapshot_period
-        if period and (now.step % period == 0 or now.reached):
+        if period and (now.step % period == 0 or now.reached) and not now.underway.course.over:  # else it is recorded
             self._save(episode, now.underway)
 
     def _save(self, episode: "_Episode", underway: Underway) -> None:

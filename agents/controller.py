@@ -37,7 +37,7 @@ from agents.network import DuelingJudgement, Judgement, OverTime, QNetwork, Recu
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
-from env.measure import log_freed, one_less
+from env.measure import and_narrower, log_share_freed
 
 __all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
@@ -153,15 +153,15 @@ class Controller(QNetwork):
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
         """Judge T x B states in a row, starting from `state`."""
         kept = self.plan.kept_per_layer(seen.keep_mask)
-        alive_share = kept / self.plan.widths.to(kept.device)
+        share = kept / self.plan.widths.to(kept.device)
         of_masks = self.config.observation == "mask"
-        picture = seen.keep_mask.float() if of_masks else alive_share.float() @ self.by_depth
+        picture = seen.keep_mask.float() if of_masks else share @ self.by_depth
         inputs = torch.cat([seen.accuracy[..., None], seen.compression[..., None], picture], dim=-1)
         memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
         value = self.value(memory).squeeze(-1)
         if of_masks:
             return DuelingJudgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
-        return self._judge_shape(seen, memory, value, kept), (h[0], c[0])
+        return self._judge_shape(seen, memory, value, kept, share), (h[0], c[0])
 
     def on(self, plan: ChannelPlan, measure: str = "parameters") -> "Controller":
         """This very Controller for another network: what one of the two learns, the other has learned.
@@ -222,7 +222,7 @@ class Controller(QNetwork):
             alone = torch.where(seen.keep_mask, judgement.advantage - everyone, 0.0)
             return judgement.value[..., None] + scale * alone
         kept = self.plan.kept_per_layer(seen.keep_mask)
-        harm = self._harm(judgement.log_harm[..., None, :], one_less(kept))[..., self.layer_of]
+        harm = self._harm(judgement.log_harm[..., None, :], and_narrower(kept)[..., 1:, :])[..., self.layer_of]
         alone = harm + scale * judgement.worth
         nothing = self._harm(judgement.log_harm, kept)[..., None]
         return judgement.value[..., None] - torch.where(seen.keep_mask, alone, nothing)
@@ -232,9 +232,11 @@ class Controller(QNetwork):
         usual: Tensor = self.usual(left)
         return (self.paths * log_harm.exp() * (1.0 / left.clamp(min=NARROWEST) - 1.0 / usual)).sum(-1)
 
-    def _judge_shape(self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor) -> ShapeJudgement:
+    def _judge_shape(
+        self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor, share: Tensor
+    ) -> ShapeJudgement:
         scores, means = self._scores(seen, kept)
-        inputs = self._layer_inputs(seen, kept, means)
+        inputs = self._layer_inputs(seen, kept, share, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         log_harm = math.log(_HARM) + self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
@@ -249,13 +251,14 @@ class Controller(QNetwork):
         deviations = _layer_means(apart.square(), self.layer_of, kept).sqrt().clamp(min=_LEAST_DEVIATION)
         return apart / deviations[..., self.layer_of, :], means
 
-    def _layer_inputs(self, seen: Observations, kept: Tensor, means: Tensor) -> Tensor:
+    def _layer_inputs(self, seen: Observations, kept: Tensor, share: Tensor, means: Tensor) -> Tensor:
         """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
-        freed = {name: log_freed(name, self.plan, kept) for name in {self.measure, "macs", "parameters"}}
-        whole = (self.plan.macs(kept) / self.plan.parameters(kept)).log()[..., None]
+        shapes = and_narrower(kept)
+        costs = {name: self.plan.cost(name, shapes) for name in {self.measure, "macs", "parameters"}}
+        freed = {name: log_share_freed(cost) for name, cost in costs.items()}
+        whole = (costs["macs"] / costs["parameters"])[..., :1].log()
         positions = freed["macs"] - freed["parameters"] + whole
         logs = torch.stack([kept.clamp(min=1).log(), freed[self.measure], positions], dim=-1)
-        share = kept / self.plan.widths.to(kept.device)
         own = torch.stack([share, seen.compression[..., None].expand(kept.shape)], dim=-1)
         return torch.cat([own, logs / _LOG_SCALE, means / _LOG_SCALE], dim=-1)
 

@@ -25,8 +25,9 @@ __all__ = ["TOLERANCE", "Ladder"]
 TOLERANCE = 0.002
 #: Filters that may be given back or taken for it at once; each more multiplies the exchanges that are looked at.
 _MOST_EXCHANGED, _MOST_LOOKED_AT = 4, 5_000
-#: Into how many parts the lengths are divided in the search for the shortest, over all states.
-_PARTS = 16
+#: Into how many parts the lengths are divided in the search for the shortest, over all states: of one with 1,000
+#: filters, it takes two rounds.
+_PARTS = 33
 #: How often the exchange that came nearest is the start of further ones, where none has landed.
 _ROUNDS = 6
 

@@ -341,6 +341,7 @@ class Climber:
         """The policy's own."""
         return self._policy.recurrent_state
 
+    @torch.inference_mode()
     def act(self, observation: Observation) -> np.ndarray:
         """The filters to zero, int8 [F]."""
         scores = self._policy.rank(observation)

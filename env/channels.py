@@ -68,6 +68,8 @@ class ChannelPlan:
     Attributes:
         layers: the prunable layers, in the network's order.
         layer_of: int64 [F], the layer of each unit.
+        widths: int64 [L], units of each layer in the full network.
+        paths: int64 [L], the ways through each layer: 1 in a plain network, more where outputs are added or joined.
         left_out: module name -> why it is not pruned.
         outputs: how many logits the network returns for an image.
         macs_outside: multiply-accumulates of the full network outside the convolutions and linear layers that it calls
@@ -103,9 +105,9 @@ class ChannelPlan:
     def _assign(self, model: nn.Module, groups: Sequence[Group]) -> None:
         """Number the units of these groups, and find the places they own."""
         self.layers = tuple(_layers(model, groups))
-        self.layer_of = torch.repeat_interleave(
-            torch.arange(len(self.layers)), torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
-        )
+        self.widths = torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
+        self.paths = torch.tensor([layer.paths for layer in self.layers], dtype=torch.int64)
+        self.layer_of = torch.repeat_interleave(torch.arange(len(self.layers)), self.widths)
         self.owners = _owners(model, groups, self.layers)
 
     def _cost(self, factors: Mapping[str, int], tensors: Mapping[str, Tensor]) -> "_Cost":
@@ -116,16 +118,6 @@ class ChannelPlan:
     def units(self) -> int:
         """F, the number of units."""
         return len(self.layer_of)
-
-    @property
-    def widths(self) -> Tensor:
-        """int64 [L], units of each layer in the full network."""
-        return torch.tensor([layer.units for layer in self.layers], dtype=torch.int64)
-
-    @property
-    def paths(self) -> Tensor:
-        """int64 [L], the ways through each layer: 1 in a plain network, more where outputs are added or joined."""
-        return torch.tensor([layer.paths for layer in self.layers], dtype=torch.int64)
 
     def kept_per_layer(self, keep_mask: Tensor) -> Tensor:
         """Units kept in each layer: bool [..., F] -> int64 [..., L]."""
@@ -300,25 +292,30 @@ class _Cost:
     ) -> None:
         layers = int(layer_of.max()) + 1 if len(layer_of) else 0
         widths = torch.bincount(layer_of, minlength=layers)
-        axes = max([len(axes) for axes in owners.values()], default=0)
-        self.factor = torch.zeros(len(shapes), dtype=torch.int64)
-        self.fixed = torch.ones(len(shapes), axes, dtype=torch.int64)
-        self.multiplicity = torch.zeros(len(shapes), axes, layers, dtype=torch.int64)
+        axes = max([1, *(len(axes) for axes in owners.values())])
+        factor = torch.zeros(len(shapes), dtype=torch.int64)
+        lengths = torch.zeros(len(shapes), axes, 1 + layers, dtype=torch.int64)  # of each axis: fixed, multiplicities
+        lengths[:, :, 0] = 1
         for row, (name, shape) in enumerate(shapes.items()):
             owned = owners.get(name, {})
             rest = [size for axis, size in enumerate(shape) if axis not in owned]
-            self.factor[row] = factors[name] * int(torch.tensor(rest, dtype=torch.int64).prod())
+            factor[row] = factors[name] * int(torch.tensor(rest, dtype=torch.int64).prod())
             for column, owner in enumerate(owned.values()):
                 mine = layer_of[owner[owner >= 0]]
-                self.fixed[row, column] = int((owner < 0).sum())
-                self.multiplicity[row, column] = torch.bincount(mine, minlength=layers) // widths
+                lengths[row, column, 0] = int((owner < 0).sum())
+                lengths[row, column, 1:] = torch.bincount(mine, minlength=layers) // widths
+        alike, of_row = torch.unique(lengths, dim=0, return_inverse=True)  # a norm has five tensors, of one length
+        factor = torch.zeros(len(alike), dtype=torch.int64).index_add_(0, of_row, factor)
         # float64 is exact to 2**53, and has a fast matrix product where int64 has none
-        self._flat = self.multiplicity.flatten(0, 1).to(torch.float64)
+        self._factor = factor.to(torch.float64)
+        self._fixed = alike[:, :, 0].to(torch.float64)
+        self._multiplicity = alike[:, :, 1:].flatten(0, 1).to(torch.float64).T
 
     def __call__(self, kept: Tensor) -> Tensor:
-        lengths = (kept.to(torch.float64) @ self._flat.to(kept.device).T).reshape(*kept.shape[:-1], *self.fixed.shape)
-        sizes = (lengths + self.fixed.to(kept.device)).prod(-1)
-        return (sizes * self.factor.to(kept.device)).sum(-1).to(torch.int64)
+        device = kept.device
+        grown = (kept.to(torch.float64) @ self._multiplicity.to(device)).view(*kept.shape[:-1], *self._fixed.shape)
+        cost: Tensor = (grown + self._fixed.to(device)).prod(-1) @ self._factor.to(device)
+        return cost.to(torch.int64)
 
 
 def _layers(model: nn.Module, groups: Sequence[Group]) -> Iterator[Layer]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from env.channels import MEASURES, ChannelPlan
 
-__all__ = ["Measure", "log_freed", "one_less"]
+__all__ = ["Measure", "and_narrower", "log_freed", "log_share_freed"]
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,16 @@ def log_freed(measure: str, plan: ChannelPlan, kept: Tensor) -> Tensor:
         float32 [..., L], at most 0; at least log(1e-6), also where nothing is left to free.
 
     """
-    now = plan.cost(measure, kept)[..., None].float()
-    return ((now - plan.cost(measure, one_less(kept)).float()) / now).clamp(min=1e-6).log()
+    return log_share_freed(plan.cost(measure, and_narrower(kept)))
 
 
-def one_less(kept: Tensor) -> Tensor:
-    """The shapes that are a filter narrower in one layer each: int64 [..., L] -> int64 [..., L, L], at least 0."""
-    return (kept[..., None, :] - torch.eye(kept.shape[-1], dtype=torch.int64, device=kept.device)).clamp(min=0)
+def log_share_freed(costs: Tensor) -> Tensor:
+    """The same from the costs of the shapes `and_narrower` gives: int64 [..., 1 + L] -> float32 [..., L]."""
+    now = costs[..., :1].float()
+    return ((now - costs[..., 1:].float()) / now).clamp(min=1e-6).log()
+
+
+def and_narrower(kept: Tensor) -> Tensor:
+    """A shape, and those a filter narrower in one layer each: int64 [..., L] -> [..., 1 + L, L], at least 0."""
+    less = torch.eye(1 + kept.shape[-1], kept.shape[-1], dtype=torch.int64, device=kept.device).roll(1, 0)
+    return (kept[..., None, :] - less).clamp(min=0)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -315,16 +316,34 @@ def test_a_network_whose_cross_entropy_is_nan_is_neither_a_candidate_nor_in_the_
     assert len(ledger.records()) == 1
 
 
-def test_a_step_renews_the_lease_and_beats(
-    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    player, renewed = Player("actor-0", brief, dataset), []
-    monkeypatch.setattr(player.services.ledger, "renew", lambda *call: renewed.append(call))
-    record = played(player)
-    assert renewed == [(0, "actor-0", 60.0)] * 3
+def test_a_step_beats(brief: Brief, dataset: Dataset, ledger: Ledger) -> None:
+    record = played(Player("actor-0", brief, dataset))
     beat = json.loads(ledger.beats()["actor-0"])
     assert (beat["episode"], beat["step"]) == (0, 3)
     assert [beat["compression"], beat["accuracy"]] == pytest.approx(record["curve"][-1], abs=1e-6)
+
+
+@pytest.mark.parametrize("passing_s", [0.0, 7.0, 11.0])
+def test_a_lease_is_renewed_when_a_sixth_of_it_is_over(
+    brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch, passing_s: float
+) -> None:
+    # a step has one minibatch, the second and the third have one more to recover a target: eight looks at the clock
+    player, renewed, now = Player("actor-0", brief, dataset), [], 0.0
+    monkeypatch.setattr(player.services.ledger, "renew", lambda *call: renewed.append((now, *call)))
+    keep = player._keep_lease
+
+    def later(episode: int) -> None:
+        nonlocal now
+        now += passing_s
+        keep(episode)
+
+    monkeypatch.setattr(player, "_keep_lease", later)
+    clock = SimpleNamespace(monotonic=lambda: now, perf_counter=time.perf_counter)
+    monkeypatch.setattr(actors.player, "time", clock)
+    played(player)
+    looks = [passing_s * (n + 1) for n in range(8)]
+    due = {0.0: [], 7.0: looks[1::2], 11.0: looks}[passing_s]  # a sixth of 60 s is 10 s
+    assert renewed == [(when, 0, "actor-0", 60.0) for when in due]
 
 
 def test_a_retraining_that_lasts_longer_than_the_lease_keeps_it(
@@ -512,7 +531,7 @@ def test_what_the_cross_entropy_method_tries_stays_when_others_have_finished_mea
     assert set(played(player)["offsets"]) == {0.25}
 
 
-def test_an_episode_killed_before_its_first_snapshot_begins_anew_and_one_killed_at_its_end_is_only_recorded(
+def test_an_episode_killed_before_its_first_snapshot_begins_anew_and_one_killed_at_its_end_goes_on_from_its_last(
     brief: Brief, dataset: Dataset, ledger: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     brief, told = longer(brief), Told()
@@ -520,9 +539,9 @@ def test_an_episode_killed_before_its_first_snapshot_begins_anew_and_one_killed_
     assert killed_after(first, 1, monkeypatch) == 1
     record = played(second)
     assert (record["begun_by"], record["steps_again"], told[PLAYER_STEPS]) == ("actor-1", 1, STEPS)
-    assert killed_after(first, STEPS, monkeypatch, saved=True) == STEPS
+    assert killed_after(first, STEPS, monkeypatch) == STEPS
     record = played(second)
-    assert (record["begun_by"], record["steps_again"], told[PLAYER_STEPS]) == ("actor-0", 0, STEPS)
+    assert (record["begun_by"], record["steps_again"], told[PLAYER_STEPS]) == ("actor-0", 1, STEPS + 1)
     assert len(record["targets"]) == 2
 
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from env.channels import MEASURES, ChannelPlan
-from env.measure import Measure, log_freed
+from env.measure import Measure, and_narrower, log_freed
 
 torch.set_num_threads(1)
 
@@ -49,3 +49,8 @@ def test_what_a_filter_frees_by_hand() -> None:
         [pytest.approx(1e-6)],
         [pytest.approx(24 / 28)],
     ]
+
+
+def test_a_shape_comes_with_those_that_are_a_filter_narrower_in_one_layer() -> None:
+    shapes = and_narrower(torch.tensor([[3, 5], [0, 1]]))
+    assert shapes.tolist() == [[[3, 5], [2, 5], [3, 4]], [[0, 1], [0, 1], [0, 0]]]
