@@ -32,6 +32,8 @@ from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
 from deploy.folder import CampaignFolder, read_json
 from deploy.teach import teach
+from env.errors import UserError
+from env.networks import NetworkConfig
 
 RESULTS = Path(__file__).parent / "results" / "search"
 #: Behind `agents.controller.TAUGHT`: five campaigns of twelve.
@@ -364,6 +366,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, default=WORK, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    for option, name in {"--network": given.network, "--on": given.on}.items():
+        try:
+            NetworkConfig(name=name or given.network)
+        except UserError as error:
+            parser.error(f"{option}: {error}")
     if given.quick:
         given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"

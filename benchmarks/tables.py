@@ -161,7 +161,7 @@ learning_rate = 0.05
 [episode]
 waypoints = 8
 step_minibatches = 4
-recovery_minibatches = 100
+recovery_minibatches = 400
 recovery_learning_rate = 0.05
 step_images = 250
 score_images = 128
@@ -171,7 +171,7 @@ epochs = 3
 learning_rate = 0.05
 {LEARNING}
 [search]
-episodes = 8
+episodes = 4
 [cluster]
 dashboard = false
 """
