@@ -152,16 +152,30 @@ class Controller(QNetwork):
 
     def forward(self, seen: Observations, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
         """Judge T x B states in a row, starting from `state`."""
+        kept, share = self._shape(seen)
+        memory, after = self._read(seen, share, state)
+        value = self.value(memory).squeeze(-1)
+        if self.config.observation == "mask":
+            return DuelingJudgement(value=value, advantage=self.advantage(memory)), after
+        return self._judge_shape(seen, memory, value, kept, share), after
+
+    def remember(self, seen: Observations, state: RecurrentState) -> RecurrentState:
+        """The state after T x B states in a row, of which the filters need not be looked at."""
+        _, share = self._shape(seen)
+        _, after = self._read(seen, share, state)
+        return after
+
+    def _shape(self, seen: Observations) -> tuple[Tensor, Tensor]:
+        """Filters that are left in each layer, int64 [T, B, L], and as a share of its width, float32."""
         kept = self.plan.kept_per_layer(seen.keep_mask)
-        share = kept / self.plan.widths.to(kept.device)
-        of_masks = self.config.observation == "mask"
-        picture = seen.keep_mask.float() if of_masks else share @ self.by_depth
+        return kept, kept / self.plan.widths.to(kept.device)
+
+    def _read(self, seen: Observations, share: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentState]:
+        """What the LSTM makes of the states: float32 [T, B, H]."""
+        picture = seen.keep_mask.float() if self.config.observation == "mask" else share @ self.by_depth
         inputs = torch.cat([seen.accuracy[..., None], seen.compression[..., None], picture], dim=-1)
         memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
-        value = self.value(memory).squeeze(-1)
-        if of_masks:
-            return DuelingJudgement(value=value, advantage=self.advantage(memory)), (h[0], c[0])
-        return self._judge_shape(seen, memory, value, kept, share), (h[0], c[0])
+        return memory, (h[0], c[0])
 
     def on(self, plan: ChannelPlan, measure: str = "parameters") -> "Controller":
         """This very Controller for another network: what one of the two learns, the other has learned.

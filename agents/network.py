@@ -54,6 +54,11 @@ class QNetwork(nn.Module, ABC):
     def forward(self, seen: Any, state: RecurrentState) -> tuple[Judgement, RecurrentState]:
         """Judge T x B states in a row, starting from `state`."""
 
+    def remember(self, seen: Any, state: RecurrentState) -> RecurrentState:
+        """The state after T x B states in a row that nobody wants judged, as in a burn-in."""
+        _, after = self(seen, state)
+        return after  # type: ignore[no-any-return]
+
     @abstractmethod
     def advantages(self, judgement: Any, seen: Any) -> Tensor:
         """What ranks the actions, or the filters, the highest first: float32 [T, B, A], without gradient.

@@ -353,6 +353,6 @@ def _burnt_in(network: QNetwork, batch: Batch, burn_in: int) -> RecurrentState:
     """The state at the start of the learned part; the stored one where a sequence has no burn-in."""
     if burn_in == 0:
         return batch.state
-    _, warmed = network(batch.observations[:burn_in], batch.state)
+    warmed = network.remember(batch.observations[:burn_in], batch.state)
     burnt = batch.burnt[:, None]
     return torch.where(burnt, warmed[0], batch.state[0]), torch.where(burnt, warmed[1], batch.state[1])

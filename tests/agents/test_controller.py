@@ -228,6 +228,14 @@ def test_steps_one_by_one_equal_all_at_once(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_what_is_remembered_without_being_judged_is_the_same(kind: str) -> None:
+    made, seen = trained(kind), observations()
+    _, after = made(seen, made.initial_state(3))
+    for mine, other in zip(made.remember(seen, made.initial_state(3)), after, strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_past_matters(kind: str) -> None:
     made, seen = trained(kind), observations(5, 3, seed=4)
     together, _ = made(seen, made.initial_state(3))
