@@ -392,16 +392,21 @@ def teach(
 def status(
     folder: FolderArgument,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts.")] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="Go on until it is interrupted.")] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Go on while it runs; with --json, a line whenever there is news.")
+    ] = False,
 ) -> None:
-    """Show how far a campaign is: actors, throughput, frontier, result."""
+    """Show how far a campaign is: actors, throughput, learner, replay, frontier, time left, result."""
     from deploy.config import load
-    from deploy.status import read_status, render_status
+    from deploy.status import read_status, render_status, watch_json
     from deploy.status import watch as watch_status
 
     campaign = _opened(folder)
     total = load(campaign.campaign_toml).search.total
-    if as_json:
+    if as_json and watch:
+        for line in watch_json(campaign, episodes_total=total):
+            typer.echo(line)
+    elif as_json:
         typer.echo(json.dumps(read_status(campaign, episodes_total=total)))
     elif watch:
         watch_status(campaign, Console(), episodes_total=total)
@@ -567,7 +572,17 @@ def doctor(
 
 def _opened(folder: str) -> CampaignFolder:
     """A campaign's folder, to look at; of one at a URI a copy."""
-    return CampaignFolder.open(_storage().fetched(folder) if "://" in folder else folder)
+    if "://" not in folder:
+        return CampaignFolder.open(folder)
+    copy = CampaignFolder(_storage().fetched(folder))
+    if not copy.campaign_toml.is_file():
+        raise UserError(
+            folder,
+            expected="a campaign (it holds a campaign.toml)",
+            got="none",
+            remedy="give the URI of `zeroout run --out URI`",
+        )
+    return copy
 
 
 def _storage() -> Any:

@@ -4,9 +4,11 @@ import logging
 import platform
 import shutil
 import subprocess
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,6 +20,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import Check
 from deploy.ray_address import check_ray_address, no_cluster
+from deploy.storage import probe
+from env.errors import UserError
 from learner.replay.connection import connect, redact
 
 __all__ = ["cluster_checks"]
@@ -34,12 +38,13 @@ class NodeFindings:
     cuda: str  # that torch was built for; "" for none
     gpus: int  # that nvidia-smi lists; torch shows a task none that has asked Ray for none
     redis: str  # "" where it was reached, or was not asked for; else why not
+    storage: str  # "" where the campaign's folder can be written; else why not
 
 
-def cluster_checks(address: str, redis_url: str | None) -> Iterator[Check]:
+def cluster_checks(address: str, redis_url: str | None, out: str) -> Iterator[Check]:
     """Look at a cluster that runs, and at each of its nodes; a node that does not answer is a line too.
 
-    Raises UserError where no cluster answers.
+    `out` is where the campaign will lie, a folder or a URI. Raises UserError where no cluster answers.
     """
     check_ray_address(address)
     try:
@@ -51,15 +56,15 @@ def cluster_checks(address: str, redis_url: str | None) -> Iterator[Check]:
         alive = [node for node in nodes if node["Alive"]]
         yield _size(alive, len(nodes) - len(alive))
         yield _token()
-        mine = own_findings(None).versions
-        asked = [(node, _ask(node, redis_url)) for node in alive]
+        mine = own_findings(None, out).versions
+        asked = [(node, _ask(node, redis_url, out)) for node in alive]
         for node, answer in asked:
-            yield from _node(node, answer, mine, redis_url)
+            yield from _node(node, answer, mine, redis_url, out)
     finally:
         ray.shutdown()
 
 
-def own_findings(redis_url: str | None) -> NodeFindings:
+def own_findings(redis_url: str | None, out: str) -> NodeFindings:
     """What this process's node has; called on every node."""
     listed = ""
     if shutil.which("nvidia-smi"):
@@ -72,6 +77,7 @@ def own_findings(redis_url: str | None) -> NodeFindings:
         cuda=torch.version.cuda or "",
         gpus=len(listed.splitlines()),
         redis=_why_not_reached(redis_url) if redis_url else "",
+        storage=_why_not_written(out),
     )
 
 
@@ -84,10 +90,27 @@ def _why_not_reached(url: str) -> str:
     return ""
 
 
-def _ask(node: dict[str, Any], redis_url: str | None) -> Any:
+def _why_not_written(out: str) -> str:
+    """A URI is written to; of a folder the nearest that is there has to take a file."""
+    try:
+        if "://" in out:
+            probe(out)
+        else:
+            folder = Path(out).absolute()
+            with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.is_dir())):
+                pass
+    except UserError as error:
+        return error.got
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _ask(node: dict[str, Any], redis_url: str | None, out: str) -> Any:
     """A task on the node, whatever else runs there."""
     here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-    return ray.remote(own_findings).options(num_cpus=0, scheduling_strategy=here, max_retries=0).remote(redis_url)
+    task = ray.remote(own_findings).options(num_cpus=0, scheduling_strategy=here, max_retries=0)
+    return task.remote(redis_url, out)
 
 
 def _size(alive: list[dict[str, Any]], dead: int) -> Check:
@@ -104,7 +127,7 @@ def _token() -> Check:
     return Check(name="token", ok=True, detail="asked for" if on else off)
 
 
-def _node(node: dict[str, Any], answer: Any, mine: dict[str, str], redis_url: str | None) -> Iterator[Check]:
+def _node(node: dict[str, Any], answer: Any, mine: dict[str, str], redis_url: str | None, out: str) -> Iterator[Check]:
     name = f"node {node['NodeManagerAddress']} {node['NodeID'][:6]}"
     try:
         found: NodeFindings = ray.get(answer, timeout=_ANSWER_S)
@@ -122,6 +145,7 @@ def _node(node: dict[str, Any], answer: Any, mine: dict[str, str], redis_url: st
         remedy = "" if not found.redis else "open the way from this node to the server (bind, firewall, DNS)"
         detail = f"redis cannot be reached: {found.redis}" if found.redis else "redis is reached"
         yield Check(name=name, ok=not found.redis, detail=detail, remedy=remedy)
+    yield _storage(name, found.storage, out, is_this=node["NodeID"] == ray.get_runtime_context().get_node_id())
     yield _metrics(name, node)
 
 
@@ -142,6 +166,16 @@ def _gpus(name: str, found: NodeFindings, offered: float) -> Check:
         remedy = "install a CUDA build of torch there: https://pytorch.org/get-started/locally"
         return Check(name=name, ok=False, detail=f"{detail}; torch is built without CUDA", remedy=remedy)
     return Check(name=name, ok=True, detail=detail)
+
+
+def _storage(name: str, trouble: str, out: str, *, is_this: bool) -> Check:
+    """Who runs the driver writes the campaign's folder; of another node it is only told."""
+    if not trouble:
+        return Check(name=name, ok=True, detail=f"{out} can be written")
+    detail = f"{out} cannot be written ({trouble})"
+    if is_this:
+        return Check(name=name, ok=False, detail=detail, remedy="mount it, or correct its rights or the credentials")
+    return Check(name=name, ok=True, detail=f"{detail}: no node to start a campaign on")
 
 
 def _metrics(name: str, node: dict[str, Any]) -> Check:

@@ -38,7 +38,8 @@ class ClusterConfig:
     """Where the campaign runs. Redis's URL is not here: it may hold a password, and this is written to disk."""
 
     ray_address: str = ""  # "" starts a local Ray; else the address of a running cluster, or "auto"
-    gpus_per_actor: float = 0.0
+    # -1: one where the cluster has any, none where it has none; of a local Ray's, fewer than actors are shared
+    gpus_per_actor: float = -1.0
     cpus_per_actor: float = 1.0
     threads_per_actor: int = 1  # of torch; 0 leaves torch's own choice
     dashboard: bool = True  # of a local Ray
@@ -46,7 +47,14 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raises UserError."""
-        for name, least in {"gpus_per_actor": 0, "cpus_per_actor": 0, "threads_per_actor": 0, "lease_s": 1}.items():
+        if not (self.gpus_per_actor == -1 or 0 <= self.gpus_per_actor < math.inf):
+            raise UserError(
+                "cluster.gpus_per_actor",
+                expected="at least 0, and finite, or -1 for one where there are any",
+                got=repr(self.gpus_per_actor),
+                remedy="give the GPUs of one actor, or a part of one",
+            )
+        for name, least in {"cpus_per_actor": 0, "threads_per_actor": 0, "lease_s": 1}.items():
             if not least <= getattr(self, name) < math.inf:
                 raise UserError(
                     f"cluster.{name}",

@@ -91,7 +91,7 @@ def _checks(
     yield "cores and memory", _cores_and_memory
     yield "rooms", _rooms
     if ray_address:
-        yield "cluster", lambda: _cluster(ray_address, redis_url)
+        yield "cluster", lambda: _cluster(ray_address, redis_url, out)
     if data_path is not None:
         yield "data", lambda: _data(Path(data_path))
     if model is not None:
@@ -182,8 +182,8 @@ def _server_answers(url: str) -> Iterator[Check]:
     return found
 
 
-def _cluster(address: str, redis_url: str | None) -> Iterator[Check]:
-    found: Iterator[Check] = importlib.import_module("deploy.cluster_doctor").cluster_checks(address, redis_url)
+def _cluster(address: str, redis_url: str | None, out: str) -> Iterator[Check]:
+    found: Iterator[Check] = importlib.import_module("deploy.cluster_doctor").cluster_checks(address, redis_url, out)
     return found
 
 

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 import tomllib
 import uuid
 from collections.abc import Callable, Iterator
@@ -35,7 +36,11 @@ _DISK_TROUBLE = {
     errno.EROFS: "a read-only file system",
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
+    errno.ENOENT: "no folder, and none that can be made",
 }
+
+# between one try for the lock and the next
+_LOOKS_S = (0.0, 0.01, 0.05, 0.2)
 
 # what a crash leaves of env.files.replace_file
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
@@ -152,16 +157,26 @@ class CampaignFolder:
         Looking (status, report, export) needs no hold.
         """
         with (self.path / "lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _locked(lock):
                 raise UserError(
                     f"campaign {self.path}",
                     expected="that nobody runs it",
                     got="another process that does",
                     remedy=f"wait for it or end it; zeroout status {self.path} shows how far it is",
-                ) from None
+                )
             yield
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a process runs this campaign, as far as this machine's locks tell."""
+        try:
+            with (self.path / "lock").open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
 
     @property
     def campaign_toml(self) -> Path:
@@ -197,6 +212,11 @@ class CampaignFolder:
     def checkpoints(self) -> Path:
         """The folder of the learner's checkpoints."""
         return self.path / "checkpoints"
+
+    @property
+    def live_json(self) -> Path:
+        """How the search stood last, as its driver saw it (deploy/live_file.py)."""
+        return self.path / "live.json"
 
     @property
     def result_json(self) -> Path:
@@ -332,6 +352,16 @@ class CampaignFolder:
                 got=f"a folder with {foreign[0]!r} and no campaign.toml",
                 remedy="give another --out",
             )
+
+
+def _locked(lock: io.IOBase) -> bool:
+    """Take the lock; whoever only looks whether it is held has it for a moment, and is waited for."""
+    for pause_s in _LOOKS_S:
+        time.sleep(pause_s)
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 @contextlib.contextmanager

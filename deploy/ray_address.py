@@ -2,7 +2,9 @@
 
 import socket
 
-from env.errors import UserError
+from ray._private import services
+
+from env.errors import UserError, first_line
 
 __all__ = ["check_ray_address", "no_cluster"]
 
@@ -10,16 +12,22 @@ _ANSWER_S = 5.0
 
 
 def check_ray_address(address: str) -> None:
-    """UserError unless something answers at HOST:PORT; what Ray finds by itself ("", "auto", "local") is left to it."""
-    if address in ("", "auto", "local"):
+    """UserError unless a cluster answers at HOST:PORT, or where `auto` finds one; "" and "local" start their own."""
+    if address in ("", "local"):
         return
+    asked = address
+    if asked == "auto":
+        try:
+            address = services.canonicalize_bootstrap_address_or_die("auto")  # what ray.init would take
+        except ConnectionError as error:
+            raise no_cluster(asked, first_line(error)) from error
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        raise no_cluster(address, "no HOST:PORT")
+        raise no_cluster(asked, "no HOST:PORT")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
     except (OSError, OverflowError) as error:
-        raise no_cluster(address, f"no answer ({error})") from error
+        raise no_cluster(asked, f"no answer ({error})") from error
 
 
 def no_cluster(address: str, got: str) -> UserError:

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import redis
+from redis.exceptions import NoPermissionError
 
 from deploy.check import GIB, Check
 from learner.replay.connection import connect, namespace, redact
@@ -31,8 +32,10 @@ def server_checks(url: str) -> Iterator[Check]:
             info: dict[str, Any] = client.info()
             can_write = _can_write(client)
     except redis.RedisError as error:
-        detail = f"{where} gave no answer ({redact(str(error))})"
-        remedy = "start that server, or correct the URL: rediss://USER:PASSWORD@HOST:PORT"
+        refused = isinstance(error, redis.AuthenticationError | NoPermissionError) or "NOAUTH" in str(error)
+        detail = f"{where} {'refused' if refused else 'gave no answer'} ({redact(str(error))})"
+        correct = "correct the URL: rediss://USER:PASSWORD@HOST:PORT"
+        remedy = f"{correct}, as its ACL has them" if refused else f"start that server, or {correct}"
         yield Check(name="redis server", ok=False, detail=detail, remedy=remedy)
         return
     yield _version(where, info)

@@ -131,7 +131,7 @@ class R2D2Config(AlgorithmConfig):
         super().env_runners(
             num_env_runners=ScheduleConfig().actors,
             num_cpus_per_env_runner=cluster.cpus_per_actor,  # type: ignore[arg-type]  # Ray takes parts of one, too
-            num_gpus_per_env_runner=cluster.gpus_per_actor,
+            num_gpus_per_env_runner=0.0,  # as RLlib: none but what is asked for
         )
         for section in _SECTIONS:
             setattr(self, section, {})

@@ -32,6 +32,7 @@ from deploy.controller_file import read_controller
 from deploy.event_files import EventFiles
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.frontier import frontier
+from deploy.live_file import LiveFile
 from deploy.prepare import Baseline
 from deploy.progress import ActorLine, Progress, SearchSnapshot
 from deploy.ray_address import no_cluster
@@ -47,7 +48,7 @@ from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import starts
 
-__all__ = ["POLL_S", "Services", "Watch", "open_services", "open_telemetry", "search", "server_name"]
+__all__ = ["POLL_S", "Services", "Watch", "gpus_each", "open_services", "open_telemetry", "search", "server_name"]
 
 _log = logging.getLogger(__name__)
 
@@ -256,6 +257,7 @@ class Watch:
 
     def __post_init__(self) -> None:
         self.brief, self.ledger = self.services.brief, self.services.ledger
+        self.live = LiveFile(self.folder.live_json)
 
     def run(self) -> None:
         """Watch until every episode is recorded."""
@@ -294,6 +296,7 @@ class Watch:
         beats = {name: json.loads(text) for name, text in texts.items()}
         snapshot = self._snapshot(beats)
         self.telemetry.look(snapshot, beats.get("learner", {}))
+        self.live.write(snapshot)
         return snapshot
 
     def keep(self) -> None:
@@ -303,6 +306,7 @@ class Watch:
 
     def _start_workers(self) -> None:
         cluster, namespace = self.config.cluster, self.brief.prefix
+        self.gpus = gpus_each(self.config, ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
         # References are arguments of `run`, not of the constructor: Ray can only restart an actor whose own are small.
         self.brief_ref, self.images_ref = ray.put(self.brief), ray.put(self.dataset)
         self._call("learner", start_learner(self.folder.checkpoints.resolve(), cluster.threads_per_actor, namespace))
@@ -310,7 +314,7 @@ class Watch:
             name = f"actor-{number}"
             player = start_player(
                 name,
-                gpus=cluster.gpus_per_actor,
+                gpus=self.gpus,
                 cpus=cluster.cpus_per_actor,
                 threads=cluster.threads_per_actor,
                 namespace=namespace,
@@ -413,7 +417,7 @@ class Watch:
         if any(beats.get(name) != self.beats_before.get(name) for name in self.workers if name != "learner"):
             return
         cluster, there = self.config.cluster, ray.cluster_resources()  # type: ignore[no-untyped-call]
-        asked = f"{cluster.gpus_per_actor:g} GPUs and {cluster.cpus_per_actor:g} cores"
+        asked = f"{self.gpus:g} GPUs and {cluster.cpus_per_actor:g} cores"
         found = f"{there.get('GPU', 0):g} and {there.get('CPU', 0):g} in all"
         self.progress.note(
             f"no player has begun yet: each asks for {asked}, the cluster has {found}; ray status says who waits"
@@ -421,6 +425,14 @@ class Watch:
 
     def _beats(self) -> dict[str, str]:
         return retrying(self.ledger.beats, _OUTAGE_S, url=self.brief.redis_url)
+
+
+def gpus_each(config: CampaignConfig, there: float) -> float:
+    """The GPUs that each actor asks for, where so many are `there`."""
+    asked, local = config.cluster.gpus_per_actor, not config.cluster.ray_address
+    if asked >= 0 or not there:
+        return max(0.0, asked)
+    return min(1.0, there / config.search.actors) if local else 1.0
 
 
 def _actor_line(name: str, seconds: list[float], beat: dict[str, Any]) -> ActorLine:

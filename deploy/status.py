@@ -1,10 +1,12 @@
 """What a campaign has reached, read from its folder alone: while it runs, after it, and after a crash.
 
-Called by `zeroout status` and the report. It asks neither Redis nor Ray, so it answers where neither runs.
+Called by `zeroout status` and the report. It asks neither Redis nor Ray, so it answers where neither runs: what they
+know of a search, its driver keeps in the folder.
 """
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ from rich.text import Text
 
 from deploy.folder import CampaignFolder, read_json
 from deploy.frontier import frontier, targets_of
+from deploy.live_file import read_live
 from deploy.progress import duration
 
-__all__ = ["STAGES", "read_status", "render_status", "watch"]
+__all__ = ["STAGES", "read_status", "render_status", "watch", "watch_json"]
 
 STAGES = ("prepare", "search", "recover", "export", "done")
 
@@ -25,22 +28,31 @@ STAGES = ("prepare", "search", "recover", "export", "done")
 def read_status(folder: CampaignFolder | Path | str, *, episodes_total: int | None = None) -> dict[str, Any]:
     """Return the campaign's state, fit for JSON; UserError when `folder` is no campaign.
 
-    Keys: "folder", "stage" (one of STAGES: the one in work, or "done"), "episodes", "episodes_total" (as
-    given, else frontier.json's key of that name, else None), "seconds_since_episode" (None before the first),
-    "actors" (name, episodes, steps, seconds, episodes_per_minute while playing), "frontier" (best per target,
-    without masks) and "result" (result.json, or None).
+    Keys: "folder", "stage" (one of STAGES: the one in work, or "done"), "running" (whether a process of this machine,
+    or of one that shares its locks, runs it), "episodes", "episodes_total" (as given, else frontier.json's key of that
+    name, else None), "seconds_since_episode" (None before the first), "actors" (name, episodes, steps, seconds,
+    episodes_per_minute while playing, and what it does now or None), "learner" (updates, loss), "replay" (sequences)
+    and "seconds_left" (each None where no search runs or none has run on Ray), "frontier" (best per target, without
+    masks) and "result" (result.json, or None).
     """
     campaign = CampaignFolder.open(folder.path if isinstance(folder, CampaignFolder) else folder)
     records = campaign.read_episodes()
     total = episodes_total if episodes_total is not None else _recorded_total(campaign)
     result = read_json(campaign.result_json) if campaign.result_json.is_file() else None
+    stage, running = _stage(campaign, len(records), total, result), campaign.is_held
+    live = read_live(campaign.live_json) or {}
+    now = live if running and stage == "search" else {}
     return {
         "folder": str(campaign.path),
-        "stage": _stage(campaign, len(records), total, result),
+        "stage": stage,
+        "running": running,
         "episodes": len(records),
         "episodes_total": total,
         "seconds_since_episode": _age_s(campaign.episodes_jsonl),
-        "actors": _actors(records),
+        "actors": _actors(records, {str(line["name"]): str(line["state"]) for line in now.get("actors", [])}),
+        "learner": {"updates": live["learner_updates"], "loss": live["learner_loss"]} if live else None,
+        "replay": live.get("replay_size"),
+        "seconds_left": now.get("seconds_left"),
         "frontier": _best_points(records),
         "result": result,
     }
@@ -58,30 +70,47 @@ def watch(
     *,
     episodes_total: int | None = None,
 ) -> None:
-    """Show the status again every `interval_s` seconds until the campaign is done.
+    """Show the status again every `interval_s` seconds while the campaign runs.
 
     Redraws in place on a terminal, elsewhere prints when something changed. Ctrl-C passes to the caller.
     """
-    status = read_status(folder, episodes_total=episodes_total)
+    looks = _looks(folder, interval_s, episodes_total)
     if not console.is_terminal:
-        _watch_plain(status, console, interval_s)
+        for status in _news(looks):
+            render_status(status, console)
         return
-    with Live(_renderable(status), console=console, auto_refresh=False) as live:
-        while status["stage"] != "done":
-            time.sleep(interval_s)
-            status = read_status(folder, episodes_total=episodes_total)
+    with Live(console=console, auto_refresh=False) as live:
+        for status in looks:
             live.update(_renderable(status), refresh=True)
 
 
-def _watch_plain(status: dict[str, Any], console: Console, interval_s: float) -> None:
-    render_status(status, console)
-    shown = (status["stage"], status["episodes"])
-    while status["stage"] != "done":
+def watch_json(
+    folder: CampaignFolder | Path | str, interval_s: float = 2.0, *, episodes_total: int | None = None
+) -> Iterator[str]:
+    """The same as lines of JSON, one whenever there is news."""
+    return map(json.dumps, _news(_looks(folder, interval_s, episodes_total)))
+
+
+def _looks(
+    folder: CampaignFolder | Path | str, interval_s: float, episodes_total: int | None
+) -> Iterator[dict[str, Any]]:
+    """The status now and every few seconds, the last when nobody runs the campaign any more."""
+    while True:
+        status = read_status(folder, episodes_total=episodes_total)
+        yield status
+        if not status["running"]:
+            return
         time.sleep(interval_s)
-        status = read_status(status["folder"], episodes_total=status["episodes_total"])
-        if shown != (status["stage"], status["episodes"]):
-            render_status(status, console)
-            shown = (status["stage"], status["episodes"])
+
+
+def _news(looks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Those that say something new of stage, episodes or whether it runs."""
+    before = None
+    for status in looks:
+        shown = status["stage"], status["episodes"], status["running"]
+        if shown != before:
+            yield status
+        before = shown
 
 
 def _stage(campaign: CampaignFolder, episodes: int, total: int | None, result: object) -> str:
@@ -116,12 +145,21 @@ def _age_s(path: Path) -> float | None:
         return None
 
 
-def _actors(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    names = sorted({str(record["actor"]) for record in records})
-    return [_actor(name, [record for record in records if record["actor"] == name]) for name in names]
+def _actors(records: Sequence[dict[str, Any]], states: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Those that have played an episode, and those of the running search."""
+    played: dict[str, list[dict[str, Any]]] = {name: [] for name in states}
+    for record in records:
+        played.setdefault(str(record["actor"]), []).append(record)
+    return [_actor(name, played[name], states.get(name)) for name in sorted(played, key=_by_number)]
 
 
-def _actor(name: str, played: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _by_number(name: str) -> tuple[str, int]:
+    """actor-9 before actor-10."""
+    kind, _, number = name.rpartition("-")
+    return (kind, int(number)) if number.isdigit() else (name, 0)
+
+
+def _actor(name: str, played: Sequence[dict[str, Any]], state: str | None) -> dict[str, Any]:
     seconds = sum(float(record["seconds"]) for record in played)
     return {
         "name": name,
@@ -129,6 +167,7 @@ def _actor(name: str, played: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "steps": sum(int(record["steps"]) for record in played),
         "seconds": seconds,
         "episodes_per_minute": 60 * len(played) / seconds if seconds > 0 else None,
+        "state": state,
     }
 
 
@@ -139,6 +178,8 @@ def _best_points(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _renderable(status: dict[str, Any]) -> RenderableType:
     parts: list[RenderableType] = [_headline(status)]
+    if status["learner"] and status["stage"] == "search":
+        parts.append(_learner_line(status))
     if status["actors"]:
         parts += [Text(), _actor_table(status["actors"])]
     if status["frontier"]:
@@ -157,15 +198,26 @@ def _headline(status: dict[str, Any]) -> Text:
     text.append(f"\n{status['episodes']}{total} episodes")
     if status["stage"] != "done" and status["seconds_since_episode"] is not None:
         text.append(f", the last {duration(status['seconds_since_episode'])} ago")
+    if status["seconds_left"] is not None:
+        text.append(f", {duration(status['seconds_left'])} left")
+    if status["stage"] != "done" and not status["running"]:
+        text.append(f"\nnobody runs it here now; zeroout resume {status['folder']} goes on", style="yellow")
     return text
+
+
+def _learner_line(status: dict[str, Any]) -> Text:
+    learner = status["learner"]
+    loss = "-" if learner["loss"] is None else f"{learner['loss']:.4f}"
+    return Text(f"learner: {learner['updates']} updates, loss {loss}; replay: {status['replay']} sequences")
 
 
 def _actor_table(actors: Sequence[dict[str, Any]]) -> Table:
     table = _table("actor", "episodes", "steps", "per minute while playing")
+    table.add_column("now")
     for actor in actors:
         rate = actor["episodes_per_minute"]
         cells = str(actor["episodes"]), str(actor["steps"]), "-" if rate is None else f"{rate:.2f}"
-        table.add_row(Text(actor["name"]), *cells)
+        table.add_row(Text(actor["name"]), *cells, Text(actor["state"] or ""))
     return table
 
 

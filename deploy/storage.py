@@ -20,6 +20,7 @@ from pathlib import Path
 import pyarrow
 from pyarrow import fs
 
+from deploy.folder import CampaignFolder
 from env.errors import UserError
 
 __all__ = ["fetched", "kept", "probe"]
@@ -59,20 +60,22 @@ def kept(uri: str) -> Iterator[Path]:
 
 
 def fetched(uri: str) -> Path:
-    """A folder with what is at the URI, to look at."""
+    """A folder with what is at the URI, to look at; where a process of this machine runs the campaign, its own."""
     copy = _Copy(uri)
-    copy.fetch()
+    if not CampaignFolder(copy.folder).is_held:
+        copy.fetch()
     return copy.folder
 
 
 def probe(uri: str) -> None:
     """Write a file at the URI, read it and delete it; UserError where that cannot be done."""
     copy, content = _Copy(uri), os.urandom(16)
+    name = f"probe-{content.hex()}"  # every node of a cluster may do so at the same time
     try:
-        copy.write("probe", content)
-        if copy.read("probe") != content:
+        copy.write(name, content)
+        if copy.read(name) != content:
             raise OSError("what was written is not what was read")
-        copy.delete("probe")
+        copy.delete(name)
     except _TROUBLE as error:
         raise copy.unusable(error) from error
 

@@ -106,9 +106,10 @@ def test_a_redis_that_was_emptied_is_noticed_and_gone_on_with_only_when_asked(ma
         server.kill()
 
 
-def doctor(made: Any, redis_url: str) -> list[str]:
+def doctor(made: Any, redis_url: str, out: Path) -> list[str]:
     """The lines of the real command, in a process of its own, as Ray is imported here already."""
     line = [sys.executable, "-m", "deploy.cli", "doctor", "--ray-address", made.address, "--redis", redis_url]
+    line += ["--out", str(out)]
     shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert shown.returncode == 2, shown.stdout + shown.stderr  # invented GPUs are wrong
     return shown.stdout.splitlines()
@@ -117,7 +118,7 @@ def doctor(made: Any, redis_url: str) -> list[str]:
 def test_the_doctor_looks_at_every_node(made: Any, tmp_path: Path) -> None:
     server = Server(tmp_path)
     try:
-        lines = doctor(made, server.url)
+        lines = doctor(made, server.url, tmp_path / "campaign")
     finally:
         server.kill()
     # earlier tests have killed nodes, which Ray remembers
@@ -126,13 +127,17 @@ def test_the_doctor_looks_at_every_node(made: Any, tmp_path: Path) -> None:
     assert len([line for line in nodes if line.startswith("ok ") and "Python 3" in line and "Ray 2" in line]) == 3
     assert len([line for line in nodes if line.startswith("ok ") and line.endswith("redis is reached")]) == 3
     assert len([line for line in nodes if line.startswith("ok ") and "0 GPUs offered by Ray, 0 listed" in line]) == 1
+    assert len([line for line in nodes if line.startswith("ok ") and line.endswith("campaign can be written")]) == 3
     # invented ones are what no driver lists
     assert len([line for line in nodes if line.startswith("wrong") and "1 GPUs offered by Ray, 0 listed" in line]) == 2
     assert [line for line in lines if line.startswith("wrong redis")] == []
 
 
-def test_the_doctor_says_from_which_node_redis_cannot_be_reached(made: Any) -> None:
-    lines = doctor(made, "redis://me:secret@127.0.0.1:1")
+def test_the_doctor_says_from_which_node_redis_or_the_campaign_s_folder_cannot_be_reached(made: Any) -> None:
+    lines = doctor(made, "redis://me:secret@127.0.0.1:1", Path("/proc/campaign"))
     assert len([line for line in lines if line.startswith("wrong node") and "redis cannot be reached" in line]) == 3
     assert len([line for line in lines if line.startswith("wrong redis server")]) == 1
     assert "secret" not in "\n".join(lines)
+    # the driver runs on one of the three, and writes it there
+    assert len([line for line in lines if line.startswith("wrong node") and "/proc/campaign cannot be" in line]) == 1
+    assert len([line for line in lines if line.endswith("no node to start a campaign on")]) == 2

@@ -1,8 +1,10 @@
 """The campaign folder survives crashes, full disks and wrong paths."""
 
 import errno
+import fcntl
 import json
 import os
+import threading
 import uuid
 from pathlib import Path
 
@@ -241,6 +243,20 @@ def test_a_campaign_is_run_by_one_process_at_a_time_and_looked_at_by_all(campaig
         assert CampaignFolder.open(campaign.path).read_episodes() == []
     with campaign.held():  # let go
         pass
+
+
+def test_a_look_at_whether_a_campaign_runs_keeps_nobody_from_running_it(tmp_path: Path) -> None:
+    campaign = CampaignFolder.create(tmp_path / "campaign", TOML)
+    assert not campaign.is_held
+    assert not (campaign.path / "lock").exists()
+    with campaign.held():
+        assert campaign.is_held
+    assert not campaign.is_held
+    with (campaign.path / "lock").open() as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        threading.Timer(0.05, fcntl.flock, (looking, fcntl.LOCK_UN)).start()
+        with campaign.held():
+            assert campaign.is_held
 
 
 def test_a_campaign_can_go_on_with_the_keys_of_another(campaign: CampaignFolder, tmp_path: Path) -> None:

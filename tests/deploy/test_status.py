@@ -1,8 +1,12 @@
 """The status is read from the folder alone, at every stage."""
 
+import contextlib
 import io
 import json
+import math
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +15,9 @@ from rich.console import Console
 
 from deploy import status as module
 from deploy.folder import CampaignFolder, write_json
-from deploy.status import STAGES, read_status, render_status, watch
+from deploy.live_file import LiveFile, read_live
+from deploy.progress import ActorLine, SearchSnapshot
+from deploy.status import STAGES, read_status, render_status, watch, watch_json
 from env.errors import UserError
 
 
@@ -71,8 +77,8 @@ def test_the_stage_follows_from_the_products(campaign: CampaignFolder) -> None:
 def test_the_throughput_of_each_actor_comes_from_its_episodes(campaign: CampaignFolder) -> None:
     campaign.append_episode([record(0, "actor-0"), record(1, "actor-1", 30.0), record(2, "actor-0", 10.0)])
     assert read_status(campaign)["actors"] == [
-        {"name": "actor-0", "episodes": 2, "steps": 16, "seconds": 30.0, "episodes_per_minute": 4.0},
-        {"name": "actor-1", "episodes": 1, "steps": 8, "seconds": 30.0, "episodes_per_minute": 2.0},
+        {"name": "actor-0", "episodes": 2, "steps": 16, "seconds": 30.0, "episodes_per_minute": 4.0, "state": None},
+        {"name": "actor-1", "episodes": 1, "steps": 8, "seconds": 30.0, "episodes_per_minute": 2.0, "state": None},
     ]
 
 
@@ -133,29 +139,100 @@ def test_an_empty_campaign_can_be_rendered(campaign: CampaignFolder) -> None:
     assert "[prepare]" in rendered(read_status(campaign))
 
 
-@pytest.mark.parametrize("is_terminal", [False, True])
-def test_watching_ends_when_the_campaign_is_done(
-    campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
-) -> None:
-    acts = [
+def looked_at(campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], object]]:
+    """What happens between one look and the next, of a campaign that somebody runs to its end; emptied by it."""
+    runs = contextlib.ExitStack()
+    runs.enter_context(campaign.held())
+    acts: list[Callable[[], object]] = [
         lambda: None,
         lambda: campaign.append_episode([record(0, "actor-0")]),
         lambda: write_json(campaign.result_json, RESULT),
+        runs.close,
     ]
     monkeypatch.setattr(module.time, "sleep", lambda seconds: acts.pop(0)())
-    screen = io.StringIO()
+    return acts
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_watching_ends_when_nobody_runs_the_campaign_any_more(
+    campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
+) -> None:
+    screen, acts = io.StringIO(), looked_at(campaign, monkeypatch)
     watch(campaign, Console(file=screen, force_terminal=is_terminal, width=110), 0.01)
     assert not acts
     assert "[done]" in screen.getvalue() or is_terminal
     assert "74.37%" in screen.getvalue()
     if not is_terminal:
-        assert screen.getvalue().count("prepare") == 3  # of four looks, one brought nothing new
+        assert screen.getvalue().count("prepare") == 4  # of five looks, one brought nothing new
+
+
+def test_watching_as_json_is_a_line_whenever_there_is_news(
+    campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at(campaign, monkeypatch)
+    found = [json.loads(line) for line in watch_json(campaign, 0.01)]
+    assert [(status["stage"], status["episodes"], status["running"]) for status in found] == [
+        ("prepare", 0, True), ("search", 1, True), ("done", 1, True), ("done", 1, False),
+    ]  # fmt: skip
+
+
+def test_a_campaign_that_was_stopped_is_said_to_be_and_watching_it_ends(campaign: CampaignFolder) -> None:
+    with campaign.held():
+        assert read_status(campaign)["running"]
+    screen = io.StringIO()
+    watch(campaign, Console(file=screen, width=200))
+    assert f"nobody runs it here now; zeroout resume {campaign.path} goes on" in screen.getvalue()
+
+
+def test_what_the_driver_knows_of_a_running_search_is_shown(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "actor-10"), record(1, "actor-9")])
+    actors = [ActorLine(name=f"actor-{n}", episodes=1, episodes_per_minute=1.0, state=f"step {n}") for n in (2, 9, 10)]
+    LiveFile(campaign.live_json).write(
+        SearchSnapshot(
+            done=2, total=9, actors=actors, learner_updates=31, learner_loss=math.nan, replay_size=77, best=[],
+            seconds_elapsed=60.0, seconds_left=210.0,
+        )
+    )  # fmt: skip
+    with campaign.held():
+        found = read_status(campaign, episodes_total=9)
+    assert [(actor["name"], actor["episodes"], actor["state"]) for actor in found["actors"]] == [
+        ("actor-2", 0, "step 2"), ("actor-9", 1, "step 9"), ("actor-10", 1, "step 10"),
+    ]  # fmt: skip
+    assert (found["learner"], found["replay"]) == ({"updates": 31, "loss": None}, 77)
+    text = rendered(found)
+    for words in ("learner: 31 updates, loss -; replay: 77 sequences", "4 min left", "step 10"):
+        assert words in text
+    stopped = read_status(campaign, episodes_total=9)
+    assert (stopped["learner"], stopped["seconds_left"]) == ({"updates": 31, "loss": None}, None)
+    assert [actor["state"] for actor in stopped["actors"]] == [None, None]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+def test_a_live_file_that_cannot_be_read_is_as_none(campaign: CampaignFolder, content: bytes) -> None:
+    campaign.live_json.write_bytes(content)
+    assert read_status(campaign)["learner"] is None
+
+
+def test_the_live_file_is_written_every_two_seconds_and_where_it_cannot_be_nothing_is_said(tmp_path: Path) -> None:
+    now = [0.0]
+    live = LiveFile(tmp_path / "live.json", clock=lambda: now[0])
+    snapshot = SearchSnapshot(
+        done=0, total=9, actors=[], learner_updates=0, learner_loss=None, replay_size=0, best=[],
+        seconds_elapsed=0.0, seconds_left=None,
+    )  # fmt: skip
+    for now[0], done in ((0.0, 1), (1.9, 2), (2.1, 3)):
+        live.write(replace(snapshot, done=done))
+    found = read_live(tmp_path / "live.json")
+    assert found is not None
+    assert found["done"] == 3
+    LiveFile(tmp_path / "nowhere" / "live.json").write(snapshot)
 
 
 def test_ctrl_c_reaches_the_caller(campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(time, "sleep", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        watch(campaign, Console(file=io.StringIO()))
+    with campaign.held():
+        monkeypatch.setattr(time, "sleep", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            watch(campaign, Console(file=io.StringIO()))

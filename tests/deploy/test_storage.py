@@ -12,6 +12,7 @@ from rich.console import Console
 from tiny_campaign import LIMIT_S, ROOT, command, tiny, wait_until
 
 from deploy import doctor, storage
+from deploy.folder import CampaignFolder
 from deploy.storage import fetched, kept, probe
 from env.errors import UserError
 
@@ -98,6 +99,18 @@ def test_a_machine_that_was_killed_before_its_last_copy_keeps_what_it_has(there:
     with kept(there.as_uri()) as again:
         assert (again / "episodes.jsonl").read_text().count("\n") == 2
     assert (there / "episodes.jsonl").read_text().count("\n") == 2
+
+
+def test_a_look_changes_nothing_where_the_campaign_runs(there: Path) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, WHOLE)
+    with kept(there.as_uri()) as here, CampaignFolder(here).held():
+        (here / "checkpoints/update-1/manifest.json").unlink()
+        write(here, {"frontier.json": "newer"})
+        write(there, {"frontier.json": "older", "checkpoints/update-0/state.pt": "s", "more": "m"})
+        before = {name: (here / name).read_text() for name in names(here)}
+        assert fetched(there.as_uri()) == here
+        assert {name: (here / name).read_text() for name in names(here)} == before
 
 
 def test_a_storage_that_is_away_for_a_while_is_told_of_once_and_tried_again(
