@@ -27,7 +27,7 @@ NARROWEST = 0.5
 _FINENESS = 50  # of a layer's filters, one part is taken at a time on the way to the usual shapes
 
 
-def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan, measure: str) -> Tensor:
+def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, freed: Tensor, plan: ChannelPlan) -> Tensor:
     """Natural log of what is freed for each nat of harm, the highest of which goes first.
 
     A layer gives up its filters in rising order of `quality`; the k-th of them takes it from w - k + 1 filters to
@@ -37,8 +37,8 @@ def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan
         quality: float [N, F], to compare filters within a layer.
         alive: bool [N, F].
         log_harm: float [N, L], log c of each layer; what all layers share does not matter.
+        freed: float [N, L], `env.measure.log_freed` of what is alive.
         plan: the network's units.
-        measure: what compression is counted in, one of `env.channels.MEASURES`.
 
     Returns:
         float32 [N, F]; of no meaning for the dead.
@@ -46,12 +46,12 @@ def balanced(quality: Tensor, alive: Tensor, log_harm: Tensor, plan: ChannelPlan
     """
     layer_of = plan.layer_of.to(alive.device)
     kept = plan.kept_per_layer(alive)
-    gone = places_in_layers(places(-quality, alive), alive, plan)
+    gone = places_in_layers(places(-quality, alive), alive, kept, plan)
     before = (kept[..., layer_of] - gone).clamp(min=1).float()
     after = (before - 1).clamp(min=NARROWEST)
     log_harm = log_harm + plan.paths.to(alive.device).log()
     harm = (1.0 / after - 1.0 / before).log() + log_harm[..., layer_of]
-    return log_freed(measure, plan, kept)[..., layer_of] - harm
+    return freed[..., layer_of] - harm
 
 
 class UsualShapes(nn.Module):

@@ -107,6 +107,7 @@ class ShapeJudgement(Judgement):
     log_harm: Tensor  # float32 [T, B, L], log c
     worth: Tensor  # float32 [T, B, F], r: of a filter within its layer; 0 where gone
     scores: Tensor  # float32 [T, B, F, 3], log scores in standard deviations from their layer's mean; 0 where gone
+    freed: Tensor  # float32 [T, B, L], `env.measure.log_freed`
 
 
 class Controller(QNetwork):
@@ -217,8 +218,9 @@ class Controller(QNetwork):
         if isinstance(judgement, DuelingJudgement):
             return judgement.advantage.detach()
         worth = judgement.worth if taste is None else judgement.worth + judgement.scores @ taste
-        flat = (worth.flatten(0, 1), seen.keep_mask.flatten(0, 1), judgement.log_harm.flatten(0, 1))
-        return balanced(*flat, self.plan, self.measure).view(worth.shape)
+        by_filter = worth.flatten(0, 1), seen.keep_mask.flatten(0, 1)
+        by_layer = judgement.log_harm.flatten(0, 1), judgement.freed.flatten(0, 1)
+        return balanced(*by_filter, *by_layer, self.plan).view(worth.shape)
 
     def q_of(self, judgement: DuelingJudgement | ShapeJudgement, action: Tensor, seen: Observations) -> Tensor:
         """Q(s, A) for sets of filters: bool [T, B, F] -> float32 [T, B]."""
@@ -250,11 +252,11 @@ class Controller(QNetwork):
         self, seen: Observations, memory: Tensor, value: Tensor, kept: Tensor, share: Tensor
     ) -> ShapeJudgement:
         scores, means = self._scores(seen, kept)
-        inputs = self._layer_inputs(seen, kept, share, means)
+        inputs, freed = self._layer_inputs(seen, kept, share, means)
         joined = torch.relu(self.layer_input(inputs) + self.state_input(memory)[..., None, :])
         log_harm = math.log(_HARM) + self.layer_output(torch.cat([joined, inputs], dim=-1)).squeeze(-1)
         worth = (scores * self.filter_weights(memory)[..., None, :]).sum(-1)
-        return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores)
+        return ShapeJudgement(value=value, log_harm=log_harm, worth=worth, scores=scores, freed=freed)
 
     def _scores(self, seen: Observations, kept: Tensor) -> tuple[Tensor, Tensor]:
         """Log scores in standard deviations from their layer's mean, [T, B, F, 3], and those means, [T, B, L, 3]."""
@@ -265,8 +267,8 @@ class Controller(QNetwork):
         deviations = _layer_means(apart.square(), self.layer_of, kept).sqrt().clamp(min=_LEAST_DEVIATION)
         return apart / deviations[..., self.layer_of, :], means
 
-    def _layer_inputs(self, seen: Observations, kept: Tensor, share: Tensor, means: Tensor) -> Tensor:
-        """What the shared head reads of each layer: float32 [T, B, L, _LAYER_INPUTS]."""
+    def _layer_inputs(self, seen: Observations, kept: Tensor, share: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
+        """What the shared head reads of each layer, float32 [T, B, L, _LAYER_INPUTS]; and `env.measure.log_freed`."""
         shapes = and_narrower(kept)
         costs = {name: self.plan.cost(name, shapes) for name in {self.measure, "macs", "parameters"}}
         freed = {name: log_share_freed(cost) for name, cost in costs.items()}
@@ -274,7 +276,7 @@ class Controller(QNetwork):
         positions = freed["macs"] - freed["parameters"] + whole
         logs = torch.stack([kept.clamp(min=1).log(), freed[self.measure], positions], dim=-1)
         own = torch.stack([share, seen.compression[..., None].expand(kept.shape)], dim=-1)
-        return torch.cat([own, logs / _LOG_SCALE, means / _LOG_SCALE], dim=-1)
+        return torch.cat([own, logs / _LOG_SCALE, means / _LOG_SCALE], dim=-1), freed[self.measure]
 
 
 #: Depths at which a network is looked at, however many layers it has, so that what is learned fits every network.

@@ -78,8 +78,8 @@ class Ladder:
             bool [N, F], the filters to zero; none where the waypoint is already reached.
 
         """
-        position = places(scores, alive)
-        removable = alive & (places_in_layers(position, alive, self.plan) < self._spare(alive))
+        position, kept = places(scores, alive), self.plan.kept_per_layer(alive)
+        removable = alive & (places_in_layers(position, alive, kept, self.plan) < self._spare(kept))
         goal = self.goals.to(scores.device)[step.clamp(max=len(self) - 1)]
         high = self._shortest(alive, removable, position, goal)
         prefix = removable & (position < high[:, None])
@@ -115,13 +115,14 @@ class Ladder:
 
         Within a layer the highest-ranked always go first, so that an exchange is a change of the layers' counts.
         """
-        order = places_in_layers(position[None], alive[None], self.plan)[0]
+        kept = self.plan.kept_per_layer(alive)
+        order = places_in_layers(position[None], alive[None], kept[None], self.plan)[0]
         layer = self.plan.layer_of.to(alive.device)
         table = torch.zeros(len(self.plan.layers), alive.shape[-1], dtype=torch.float64, device=alive.device)
         table[layer[removable], order[removable]] = (position - end).abs()[removable].to(torch.float64)
         distances = torch.nn.functional.pad(table.cumsum(1), (1, 0))
         cut, spare = self.plan.kept_per_layer(prefix), self.plan.kept_per_layer(removable)
-        counts = self._landing(cut, spare, self.plan.kept_per_layer(alive), goal, distances)
+        counts = self._landing(cut, spare, kept, goal, distances)
         return removable & (order < counts[layer])
 
     def _landing(self, cut: Tensor, spare: Tensor, kept: Tensor, goal: Tensor, distances: Tensor) -> Tensor:
@@ -168,10 +169,9 @@ class Ladder:
         """The share that a mask removes: bool [..., F] -> float64 [...]."""
         return self.measure.compression(self.plan, self.plan.kept_per_layer(keep_mask))
 
-    def _spare(self, alive: Tensor) -> Tensor:
-        """Filters that may still go from the layer of each filter: int64 [N, F]."""
-        spare = self.plan.kept_per_layer(alive) - self.least.to(alive.device)
-        return spare[:, self.plan.layer_of.to(alive.device)]
+    def _spare(self, kept: Tensor) -> Tensor:
+        """Filters that may still go from the layer of each filter, of int64 [N, L] that are there: int64 [N, F]."""
+        return (kept - self.least.to(kept.device))[:, self.plan.layer_of.to(kept.device)]
 
 
 def _nearest(counts: Tensor, away: Tensor, best: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:

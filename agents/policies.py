@@ -19,6 +19,7 @@ from agents.network import RecurrentState
 from agents.ranking import places, places_in_layers
 from env.channels import ChannelPlan
 from env.importance import FEATURES
+from env.measure import log_freed
 
 __all__ = [
     "ALLOCATIONS",
@@ -134,8 +135,9 @@ def _balanced(given: _Given, score: _Score) -> _Rank:
 
     def rank(observation: Observation) -> Tensor:
         alike = torch.zeros(1, len(given.plan.layers))
-        quality, alive = score(observation), _alive(observation)
-        return balanced(quality[None], alive[None], alike, given.plan, given.measure)[0]
+        quality, alive = score(observation)[None], _alive(observation)[None]
+        freed = log_freed(given.measure, given.plan, given.plan.kept_per_layer(alive))
+        return balanced(quality, alive, alike, freed, given.plan)[0]
 
     return rank
 
@@ -145,9 +147,10 @@ def _shares(given: _Given, score: _Score, offsets: Tensor) -> _Rank:
     plan = given.plan
 
     def rank(observation: Observation) -> Tensor:
-        alive = _alive(observation)
-        gone = (plan.widths - plan.kept_per_layer(alive))[plan.layer_of]
-        before = places_in_layers(places(-score(observation)[None], alive[None]), alive[None], plan)[0]
+        alive = _alive(observation)[None]
+        kept = plan.kept_per_layer(alive)
+        gone = (plan.widths - kept)[0, plan.layer_of]
+        before = places_in_layers(places(-score(observation)[None], alive), alive, kept, plan)[0]
         share = (gone + before) / plan.widths[plan.layer_of]
         return offsets[plan.layer_of] - share
 

@@ -18,13 +18,15 @@ def places(scores: Tensor, alive: Tensor) -> Tensor:
     return torch.empty_like(ranking).scatter_(-1, ranking, numbers)
 
 
-def places_in_layers(place: Tensor, alive: Tensor, plan: ChannelPlan) -> Tensor:
-    """How many living filters of the same layer stand before each one in `place` [N, F]: int64 [N, F]."""
+def places_in_layers(place: Tensor, alive: Tensor, kept: Tensor, plan: ChannelPlan) -> Tensor:
+    """How many living filters of the same layer stand before each one in `place` [N, F]: int64 [N, F].
+
+    `kept` is int64 [N, L], how many live.
+    """
     units, layers = alive.shape[-1], len(plan.layers)
     layer = plan.layer_of.to(alive.device).expand(alive.shape)
     order = (torch.where(alive, layer, layers) * units + place).argsort(-1)
     among_all = torch.empty_like(order).scatter_(
         -1, order, torch.arange(units, device=alive.device).expand(alive.shape)
     )
-    kept = plan.kept_per_layer(alive)
     return among_all - (kept.cumsum(-1) - kept).gather(-1, layer)

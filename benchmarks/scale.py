@@ -84,7 +84,8 @@ updates an episode, and is full before anything else; a sweep ends where it is, 
   idle           share of wall time in which the learner had nothing to do, by its own metric
   cores          CPU seconds a second: of the actors, the learner, Redis, and of whatever else runs on this machine
   waiting        share of their time in which the replay's rate limiter held the actors back, for the learner
-  full           {FULL:.0%} of the cores' time was used by somebody, or {WAITING:.0%} of the actors' was such waiting
+  full           at a linear rate somebody would use {FULL:.0%} of the cores' time, as much more as that is above the
+                 measured one; or {WAITING:.0%} of the actors' time was such waiting
 
 examples:
   python -m benchmarks.scale                       about ten minutes
@@ -329,10 +330,16 @@ def parts(samples: Sequence[Sample]) -> dict[str, dict[str, float]]:
     }
 
 
-def is_full(point: Mapping[str, Any], cores: int) -> str:
+def is_full(point: Mapping[str, Any], first: Mapping[str, Any], cores: int) -> str:
     """What is full at a point: "cores", "learner", "cores, learner", or nothing."""
-    full = {"cores": sum(point["cores"].values()) >= FULL * cores, "learner": point["waited_share"] >= WAITING}
+    needed = sum(point["cores"].values()) / min(1.0, of_linear(point, first))
+    full = {"cores": needed >= FULL * cores, "learner": point["waited_share"] >= WAITING}
     return ", ".join(name for name, so in full.items() if so)
+
+
+def largest_free(points: Sequence[Mapping[str, Any]], cores: int) -> Mapping[str, Any]:
+    """The one with the most actors of those where nothing is full; the first where all are."""
+    return next((point for point in reversed(points) if not is_full(point, points[0], cores)), points[0])
 
 
 def sweep(brief: SharedBrief, work: Work, actors: Sequence[int]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -393,7 +400,7 @@ def line(point: Mapping[str, Any], first: Mapping[str, Any]) -> str:
         *(Spread(**point[key]) for key in ("overhead_ms", "orchestration_ms", "cpu_ms", "orchestration_cpu_ms")),
         Spread(**point["late_ms"]),
         f"{point['waited_share']:.0%}", f"{point['idle']:.0%}", f"{point['updates_per_s']:.2f}", cores,
-        f"{point['redis_per_step']['cpu_ms']:.2f}", is_full(point, os.cpu_count() or 1) or "-",
+        f"{point['redis_per_step']['cpu_ms']:.2f}", is_full(point, first, os.cpu_count() or 1) or "-",
     ]  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -412,7 +419,7 @@ HEAD = (
 
 def judged(points: Sequence[Mapping[str, Any]], cores: int) -> list[str]:
     """The aims, of one sweep."""
-    free = [point for point in points if not is_full(point, cores)]
+    free = [point for point in points if not is_full(point, points[0], cores)]
     below = [f"{point['actors']}: {of_linear(point, points[0]):.1%}" for point in free]
     bad = [text for text, point in zip(below, free, strict=True) if of_linear(point, points[0]) < LINEAR]
     linear = f"**missed** at {'; '.join(bad)}" if bad else f"reached ({'; '.join(below)})"
@@ -434,10 +441,11 @@ def sweep_page(run: Mapping[str, Any], swept: Mapping[str, Any]) -> list[str]:
     """Table and aims of one replay ratio."""
     points = swept["points"]
     first, cores = points[0], run["about"]["cores"]
-    each = first["cpu_ms"]["median"] / 1e3 * first["steps_per_episode"]
+    free = largest_free(points, cores)
+    each = free["cpu_ms"]["median"] / 1e3 * first["steps_per_episode"]
     learner = first["sequences_per_episode"] * swept["replay_ratio"] / swept["batch_size"]
-    learner *= points[-1]["cpu_ms_per_update"] / 1e3
-    server = points[-1]["redis_per_step"]["cpu_ms"] / 1e3 * first["steps_per_episode"]
+    learner *= free["cpu_ms_per_update"] / 1e3
+    server = free["redis_per_step"]["cpu_ms"] / 1e3 * first["steps_per_episode"]
     room = cores / (each + learner + server) * run["episode_s"]
     return [
         f"## Replay ratio {swept['replay_ratio']:g}",
@@ -500,12 +508,12 @@ def housing_page(points: Sequence[Mapping[str, Any]]) -> list[str]:
 def needs_page(run: Mapping[str, Any]) -> list[str]:
     """What 1,000 GPUs would need."""
     swept = run["sweeps"][-1]
-    point = swept["points"][-1]
+    point = largest_free(swept["points"], run["about"]["cores"])
     server = point["redis_per_step"]
     lines = [
         f"## What {GPUS:,} GPUs would need, by these figures",
         "",
-        f"One actor a GPU. A step costs, as in the last sweep's last row ({point['actors']} actors),",
+        f"One actor a GPU. A step costs, as in the last sweep with {point['actors']} actors, where nothing was full,",
         f"{point['cpu_ms']['median']:.2f} ms of CPU of its actor, {server['cpu_ms']:.3f} ms of Redis,",
         f"{server['commands']:.1f} commands, {server['in'] / 1e3:.1f} kB to it, {server['out'] / 1e3:.1f} kB from it.",
         f"Steps/s = {GPUS:,} / seconds a step, a share of the recovery included;",
@@ -559,13 +567,16 @@ def report(run: Mapping[str, Any]) -> str:
 
 def needs_of(run: Mapping[str, Any]) -> list[dict[str, float]]:
     """The rows of the last table: each replay ratio, with steps as long as here and ten times as short."""
-    sweeps = run["sweeps"]
-    point = sweeps[-1]["points"][-1]
+    sweeps, cores = run["sweeps"], run["about"]["cores"]
+    point = largest_free(sweeps[-1]["points"], cores)
     step_s = run["episode_s"] / point["steps_per_episode"]
     rows = []
     for length in (step_s, step_s / 10):
         for swept in sweeps:
-            learner = {**swept["points"][-1], **{key: swept[key] for key in ("replay_ratio", "batch_size")}}
+            learner = {
+                **largest_free(swept["points"], cores),
+                **{key: swept[key] for key in ("replay_ratio", "batch_size")},
+            }
             need = needed(point, learner, gpus=GPUS, step_s=length)
             rows.append({"replay_ratio": swept["replay_ratio"], **need})
     return rows

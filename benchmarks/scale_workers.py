@@ -185,6 +185,7 @@ class SimulatedPlayer(Player):
         self.clock.timed(services.ledger, "snapshot", "save", "snapshot")
         self.clock.timed(services.weights, "weights", "version")
         self.clock.timed(self, "weights", "_pull_weights")
+        self.clock.timed(self.env, COMPACT, "_set_body")  # where the network before is thrown away
         self.clock.timed(services.replay, "insert", "insert", "stats")
         self.clock.timed(self.ladder, "decide", "cut")
         self.clock.taken()

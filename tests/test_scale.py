@@ -1,5 +1,6 @@
 """The simulation of many actors, as the real command with tiny numbers, and its arithmetic by hand."""
 
+import math
 import subprocess
 import sys
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 from tiny_campaign import ROOT, environment
 
-from benchmarks.scale import SHARED, episodes_per_s, housing, is_full, needed, of_linear
+from benchmarks.scale import SHARED, episodes_per_s, housing, is_full, largest_free, needed, of_linear
 from benchmarks.scale_workers import Clock, Sample, Work
 from env.compression import EpisodeConfig
 
@@ -91,11 +92,26 @@ def test_linear_is_by_the_first_point() -> None:
 
 
 def test_cores_are_full_with_what_others_use_and_the_learner_where_actors_wait_for_it() -> None:
-    assert is_full(point(), 2) == ""
-    assert is_full(point(), 1) == "cores"
-    assert is_full(point(idle=0.01), 2) == ""
-    assert is_full(point(waited_share=0.1), 2) == "learner"
-    assert is_full(point(waited_share=0.1), 1) == "cores, learner"
+    first = point()
+    assert is_full(point(), first, 2) == ""
+    assert is_full(point(), first, 1) == "cores"
+    assert is_full(point(idle=0.01), first, 2) == ""
+    assert is_full(point(waited_share=0.1), first, 2) == "learner"
+    assert is_full(point(waited_share=0.1), first, 1) == "cores, learner"
+
+
+def test_cores_that_could_not_carry_a_linear_rate_are_full() -> None:
+    first = point()
+    used = sum(first["cores"].values())
+    slower = point(episodes_per_s=0.5 * first["episodes_per_s"])  # at the whole rate it would use twice as much
+    assert is_full(slower, first, math.ceil(2 * used / 0.95) - 1) == "cores"
+    assert is_full(slower, first, math.ceil(2 * used / 0.95) + 1) == ""
+
+
+def test_what_more_would_need_is_said_by_the_largest_point_at_which_nothing_is_full() -> None:
+    points = [point(), point(actors=2, episodes_per_s=0.2), point(actors=3, waited_share=0.5)]
+    assert largest_free(points, 2) is points[1]
+    assert largest_free(points[2:], 2) is points[2]
 
 
 def test_what_a_thousand_actors_need_by_hand() -> None:

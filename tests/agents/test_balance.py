@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from agents.balance import UsualShapes, balanced
 from env.channels import ChannelPlan
+from env.measure import log_freed
 
 torch.set_num_threads(1)
 
@@ -15,11 +16,15 @@ PLAN = ChannelPlan(
 )
 
 
+def freed(alive: Tensor, plan: ChannelPlan, measure: str = "parameters") -> Tensor:
+    return log_freed(measure, plan, plan.kept_per_layer(alive))
+
+
 def test_what_is_freed_for_each_nat_of_harm_by_hand() -> None:
     alive = torch.tensor([[1, 1, 0, 1, 1, 1, 1, 1]]).bool()
     quality = torch.tensor([[0.4, 0.1, 0.0, 0.3, 0.2, -1.0, 0.25, 2.0]])
     log_harm = torch.tensor([[0.0, math.log(2.0)]])
-    found = balanced(quality, alive, log_harm, PLAN, "parameters")[0]
+    found = balanced(quality, alive, log_harm, freed(alive, PLAN), PLAN)[0]
     # 203 parameters: a filter of layer one frees 46 of them, one of layer two 41, which does twice the harm
     first, second = math.log(46 / 203), math.log(41 / 203)
     expected = {
@@ -51,7 +56,7 @@ def test_a_layer_does_its_harm_on_each_way_through_it() -> None:
     plan = ChannelPlan(ReadTwice(), torch.zeros(1, 2, 4, 4))
     assert plan.paths.tolist() == [2, 2]  # one writer and two readers, then two writers and one reader
     alive, quality, alike = torch.ones(1, 12, dtype=torch.bool), torch.arange(12.0)[None], torch.zeros(1, 2)
-    found = balanced(quality, alive, alike, plan, "parameters")[0]
+    found = balanced(quality, alive, alike, freed(alive, plan), plan)[0]
     # 18 + 42 + 42 + 28 = 130 parameters; a filter of the first frees 3 + 6 + 6, one of the joined 7 + 7 + 4
     harm = 2 * (1 / 5 - 1 / 6)
     assert float(found[0]) == pytest.approx(math.log(15 / 130 / harm), abs=1e-5)
@@ -64,9 +69,11 @@ def test_rows_are_apart_and_what_all_layers_share_does_not_matter() -> None:
     alive = torch.rand(6, 8, generator=generator) < 0.8
     alive[:, [0, 5]] = True
     quality, log_harm = torch.randn(6, 8, generator=generator), torch.randn(6, 2, generator=generator)
-    together = balanced(quality, alive, log_harm, PLAN, "macs")
+    together = balanced(quality, alive, log_harm, freed(alive, PLAN, "macs"), PLAN)
     for row in range(6):
-        one = balanced(quality[row : row + 1], alive[row : row + 1], log_harm[row : row + 1] + 3.0, PLAN, "macs")
+        here = slice(row, row + 1)
+        cost = freed(alive[here], PLAN, "macs")
+        one = balanced(quality[here], alive[here], log_harm[here] + 3.0, cost, PLAN)
         torch.testing.assert_close(one[0, alive[row]] + 3.0, together[row, alive[row]])
 
 
@@ -75,7 +82,7 @@ def test_a_prefix_of_the_ranking_leaves_layers_whose_harm_for_a_parameter_is_ali
     wide = ChannelPlan(nn.Sequential(*layers), torch.zeros(1, 3, 4, 4))
     alive = torch.ones(1, 80, dtype=torch.bool)
     log_harm = torch.tensor([[math.log(4.0), 0.0]])
-    scores = balanced(torch.arange(80.0)[None], alive, log_harm, wide, "parameters")[0]
+    scores = balanced(torch.arange(80.0)[None], alive, log_harm, freed(alive, wide), wide)[0]
     gone = scores.argsort(descending=True)[:40]
     left = 40 - (gone < 40).sum(), 40 - (gone >= 40).sum()
     # c / w ** 2 divided by what a filter frees is the same in both: w ~ sqrt(c / freed), freed 44 and 45

@@ -12,6 +12,7 @@ from agents.policies import heuristic
 from env.channels import ChannelPlan
 from env.errors import UserError
 from env.importance import FEATURES
+from env.measure import log_freed
 
 torch.set_num_threads(1)
 PLAN = ChannelPlan(
@@ -121,6 +122,7 @@ def shaped(*, log_harm: list[float], worth: list[float]) -> ShapeJudgement:
         log_harm=torch.tensor([[log_harm]]),
         worth=torch.tensor([[worth]]),
         scores=torch.zeros(1, 1, 15, len(FEATURES)),
+        freed=log_freed("parameters", PLAN, PLAN.widths)[None, None],
     )
 
 

@@ -49,6 +49,7 @@ def test_overrides_are_toml_values_or_plain_strings() -> None:
         ("[replay]\nreplay_ratio = 0", [], "section [replay]"),
         ("[sequence]\nburn_in = 9", [], "sequence.burn_in"),
         ("[cluster]\nlease_s = 0", [], "cluster.lease_s"),
+        ("[cluster]\ngpus_per_actor = -0.5", [], "cluster.gpus_per_actor"),
         ("", ["nonsense"], "--set"),
         ("", ["seed.x=1"], "key seed"),
         ("not toml", [], "config"),
