@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
-# A worker that lives this long is well. One that fails sooner, so often in a row, is given up after about 3 minutes.
+# A worker that lives this long is well. One that fails sooner, so often in a row, is given up after 3 minutes or so.
 _HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
 _STOP_S = 60.0
 _NOBODY_S = 20.0  # until it is said that no player has begun; a process that imports torch needs some of them
@@ -372,7 +372,8 @@ class Watch:
             raise ZerooutError(f"{name} {what}, {worker.failures} times in a row soon after it was started")
         if worker.failures == 1:
             self.progress.note(f"{name} {what}; it is started again")
-        worker.call, worker.call_at_s = None, time.monotonic() + min(2.0**worker.failures, _LONGEST_REST_S)
+        rest_s = min(2.0 ** max(1, worker.failures - 2), _LONGEST_REST_S)  # a spot market may well take it three times
+        worker.call, worker.call_at_s = None, time.monotonic() + rest_s
 
     def stop(self) -> None:
         """Ask everyone to stop and give the learner time for its last checkpoint."""
