@@ -20,6 +20,7 @@ import numpy as np
 import ray
 import ray.exceptions
 import redis
+from ray._private import state as ray_state
 
 from actors.player import Brief
 from actors.ray_actors import start_learner, start_player
@@ -55,7 +56,8 @@ _log = logging.getLogger(__name__)
 POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
 # A worker that lives this long is well. One that fails sooner, so often in a row, is given up after 3 minutes or so.
-_HEALTHY_S, _MAX_FAILURES, _LONGEST_REST_S = 60.0, 12, 20.0
+_HEALTHY_S, _MAX_FAILURES, _NO_REST, _LONGEST_REST_S = 60.0, 12, 3, 20.0
+_STARTING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
 _STOP_S = 60.0
 _NOBODY_S = 20.0  # until it is said that no player has begun; a process that imports torch needs some of them
 
@@ -226,7 +228,8 @@ def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
 class _Worker:
     """A Ray actor, the call that is running on it, and how often it failed soon after it was called.
 
-    `call` is None while the worker rests until `call_at_s`: a process that Ray is restarting refuses calls at once.
+    `call` is None while the worker rests: until `call_at_s`, and until its process is there, since one that Ray is
+    restarting refuses calls at once.
     """
 
     handle: Any
@@ -349,7 +352,7 @@ class Watch:
         """Call a worker that died back to work, once Ray has restarted its process."""
         for name, worker in list(self.workers.items()):
             if worker.call is None:
-                if time.monotonic() >= worker.call_at_s:
+                if time.monotonic() >= worker.call_at_s and not _is_starting(worker.handle):
                     self._call(name, worker.handle)
                 continue
             finished, _ = ray.wait([worker.call], timeout=0)
@@ -372,7 +375,8 @@ class Watch:
             raise ZerooutError(f"{name} {what}, {worker.failures} times in a row soon after it was started")
         if worker.failures == 1:
             self.progress.note(f"{name} {what}; it is started again")
-        rest_s = min(2.0 ** max(1, worker.failures - 2), _LONGEST_REST_S)  # a spot market may well take it three times
+        # none the first times: somebody who kills, or a spot market, may well do so thrice in a minute
+        rest_s = min(2.0**worker.failures, _LONGEST_REST_S) if worker.failures > _NO_REST else 0.0
         worker.call, worker.call_at_s = None, time.monotonic() + rest_s
 
     def stop(self) -> None:
@@ -426,6 +430,12 @@ class Watch:
 
     def _beats(self) -> dict[str, str]:
         return retrying(self.ledger.beats, _OUTAGE_S, url=self.brief.redis_url)
+
+
+def _is_starting(handle: Any) -> bool:
+    """Whether Ray is still about to start the process of an actor."""
+    found = ray_state.actors(handle._actor_id.hex())  # Ray has no public word for it without its dashboard
+    return bool(found.get("State") in _STARTING)
 
 
 def gpus_each(config: CampaignConfig, there: float) -> float:
