@@ -521,26 +521,27 @@ def main() -> None:
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="default: all")
+    parser.add_argument(
+        "--faults", nargs="+", choices=list(FAULTS), default=list(FAULTS), help="default: all; rows of others stay"
+    )
     parser.add_argument("--moments", type=int, default=3, help="of each fault (default 3)")
     parser.add_argument("--episodes", type=int, default=48, help="of each campaign (default 48)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default 0)")
     parser.add_argument("--outage-s", type=float, default=60.0, help="how long Redis is gone (default 60)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where faults.json and faults.md are written")
     given = parser.parse_args()
-    rows = []
+    given.results.mkdir(parents=True, exist_ok=True)
+    kept = given.results / "faults.json"
+    rows = {row["faults"][0]: row for row in read_json(kept)} if kept.is_file() else {}
     with tempfile.TemporaryDirectory(prefix="faults-") as folder, cluster() as made:
         for name in given.faults:
-            rows.append(
-                suffer(
-                    [name] * given.moments, made, Path(folder) / name,
-                    episodes=given.episodes, seed=given.seed, outage_s=given.outage_s,
-                )
+            rows[name] = suffer(
+                [name] * given.moments, made, Path(folder) / name,
+                episodes=given.episodes, seed=given.seed, outage_s=given.outage_s,
             )  # fmt: skip
-            print(rows[-1], flush=True)
-    given.results.mkdir(parents=True, exist_ok=True)
-    (given.results / "faults.json").write_text(json.dumps(rows, indent=1) + "\n")
-    text = page(rows, " ".join(["python -m benchmarks.faults", *sys.argv[1:]]))
+            print(rows[name], flush=True)
+            kept.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+    text = page([rows[name] for name in FAULTS if name in rows], "python -m benchmarks.faults")
     (given.results / "faults.md").write_text(text)
     print(text)
 
