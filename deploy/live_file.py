@@ -7,7 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from env.errors import UserError
 __all__ = ["LiveFile", "read_live"]
 
 _PERIOD_S = 2.0
+_FIELDS = {field.name for field in fields(SearchSnapshot)}
 
 
 class LiveFile:
@@ -39,6 +40,6 @@ def read_live(path: Path) -> dict[str, Any] | None:
     """The newest snapshot, with the fields of `SearchSnapshot`; None where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError):
         found = json.loads(path.read_bytes())
-        if isinstance(found, dict):
+        if isinstance(found, dict) and found.keys() >= _FIELDS:
             return found
     return None

@@ -207,7 +207,7 @@ def test_what_the_driver_knows_of_a_running_search_is_shown(campaign: CampaignFo
     assert [actor["state"] for actor in stopped["actors"]] == [None, None]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff"])
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff", b'{"done": 3}'])
 def test_a_live_file_that_cannot_be_read_is_as_none(campaign: CampaignFolder, content: bytes) -> None:
     campaign.live_json.write_bytes(content)
     assert read_status(campaign)["learner"] is None
