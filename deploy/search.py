@@ -55,7 +55,7 @@ _log = logging.getLogger(__name__)
 
 POLL_S = 0.5
 _OUTAGE_S = 120.0  # how long Redis may be away before the driver gives up (and can be resumed)
-# A worker that lives this long is well. One that fails sooner, so often in a row, is given up after 3 minutes or so.
+# A worker that lives this long is well. One that fails sooner, so often in a row, is given up after 2 minutes or so.
 _HEALTHY_S, _MAX_FAILURES, _NO_REST, _LONGEST_REST_S = 60.0, 12, 3, 20.0
 _STARTING = ("DEPENDENCIES_UNREADY", "PENDING_CREATION", "RESTARTING")
 _STOP_S = 60.0
@@ -376,7 +376,8 @@ class Watch:
         if worker.failures == 1:
             self.progress.note(f"{name} {what}; it is started again")
         # none the first times: somebody who kills, or a spot market, may well do so thrice in a minute
-        rest_s = min(2.0**worker.failures, _LONGEST_REST_S) if worker.failures > _NO_REST else 0.0
+        more = worker.failures - _NO_REST
+        rest_s = min(2.0**more, _LONGEST_REST_S) if more > 0 else 0.0
         worker.call, worker.call_at_s = None, time.monotonic() + rest_s
 
     def stop(self) -> None:
