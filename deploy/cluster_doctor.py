@@ -19,6 +19,7 @@ from ray._raylet import AuthenticationMode, get_authentication_mode  # type: ign
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from deploy.check import Check
+from deploy.doctor import nearest_existing
 from deploy.ray_address import check_ray_address, no_cluster
 from deploy.storage import probe
 from env.errors import UserError
@@ -96,8 +97,7 @@ def _why_not_written(out: str) -> str:
         if "://" in out:
             probe(out)
         else:
-            folder = Path(out).absolute()
-            with tempfile.TemporaryFile(dir=next(place for place in (folder, *folder.parents) if place.is_dir())):
+            with tempfile.TemporaryFile(dir=nearest_existing(Path(out).absolute())):
                 pass
     except UserError as error:
         return error.got

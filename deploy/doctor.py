@@ -26,7 +26,7 @@ from env.errors import UserError
 if TYPE_CHECKING:  # it imports torch, which may be what is wrong
     from deploy.network_report import NetworkReport
 
-__all__ = ["ROOMS", "run_doctor"]
+__all__ = ["ROOMS", "nearest_existing", "run_doctor"]
 
 ROOMS = ("env", "agents", "learner", "actors", "deploy")
 
@@ -206,7 +206,7 @@ def _cache_folder() -> Path:
 
 
 def _cache(folder: Path) -> Check:
-    existing = _nearest_existing(folder)
+    existing = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=existing):
             return Check(name="cache", ok=True, detail=f"{folder} can be written")
@@ -221,7 +221,7 @@ def _storage(uri: str) -> Check:
 
 
 def _disk(folder: Path) -> Check:
-    existing = _nearest_existing(folder.absolute())
+    existing = nearest_existing(folder.absolute())
     if not os.access(existing, os.W_OK):
         remedy = "give --out where this user may write, or chown that folder"
         return Check(name="disk", ok=False, detail=f"{existing} cannot be written", remedy=remedy)
@@ -231,7 +231,8 @@ def _disk(folder: Path) -> Check:
     return Check(name="disk", ok=ok, detail=f"{free / GIB:.1f} GiB free at {existing}", remedy=remedy)
 
 
-def _nearest_existing(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
+    """Return `folder`, or the nearest one above it that is there."""
     return next(path for path in (folder, *folder.parents) if path.is_dir())
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "RichProgress",
     "SearchSnapshot",
     "duration",
+    "loss_text",
     "make_progress",
 ]
 
@@ -235,9 +236,14 @@ def _epoch_text(report: "EpochReport") -> str:
     )
 
 
+def loss_text(loss: float | None) -> str:
+    """Return a learner's loss, "-" before the first."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
 def _search_text(snapshot: SearchSnapshot) -> str:
     rate = sum(actor.episodes_per_minute for actor in snapshot.actors)
-    loss = "-" if snapshot.learner_loss is None else f"{snapshot.learner_loss:.4f}"
+    loss = loss_text(snapshot.learner_loss)
     parts = [
         f"search: {snapshot.done}/{snapshot.total} episodes",
         f"{len(snapshot.actors)} actors, {rate:.1f} episodes/min",
@@ -257,7 +263,7 @@ def _bar(title: str, done: float, total: int, text: str) -> Table:
 
 
 def _search_panel(snapshot: SearchSnapshot) -> Group:
-    loss = "-" if snapshot.learner_loss is None else f"{snapshot.learner_loss:.4f}"
+    loss = loss_text(snapshot.learner_loss)
     left = f"{duration(snapshot.seconds_elapsed)} so far, {duration(snapshot.seconds_left)} left"
     head = _bar("search", snapshot.done, snapshot.total, f"{snapshot.done}/{snapshot.total} episodes, {left}")
     learner = Text(

@@ -18,7 +18,7 @@ from rich.text import Text
 from deploy.folder import CampaignFolder, read_json
 from deploy.frontier import frontier, targets_of
 from deploy.live_file import read_live
-from deploy.progress import duration
+from deploy.progress import duration, loss_text
 
 __all__ = ["STAGES", "read_status", "render_status", "watch", "watch_json"]
 
@@ -207,7 +207,7 @@ def _headline(status: dict[str, Any]) -> Text:
 
 def _learner_line(status: dict[str, Any]) -> Text:
     learner = status["learner"]
-    loss = "-" if learner["loss"] is None else f"{learner['loss']:.4f}"
+    loss = loss_text(learner["loss"])
     return Text(f"learner: {learner['updates']} updates, loss {loss}; replay: {status['replay']} sequences")
 
 
