@@ -6,6 +6,7 @@ every few steps as a snapshot (actors/snapshot.py), from which whoever claims it
 """
 
 import copy
+import functools
 import hashlib
 import json
 import logging
@@ -66,6 +67,7 @@ _log = logging.getLogger("zeroout")
 
 _PATIENCE_S = 120.0  # a worker sits out a Redis that is away for so long, and loses nothing
 _RENEWALS = 6  # of a lease while it would last
+_AGE_S = 5.0  # between two looks at the newest weights' version: half of what Ray's metrics are reported in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +108,12 @@ class Brief:
     def fingerprint(self, chosen: EpisodeOrder) -> str:
         """Names an episode by all that decides how it goes, but for what is learned meanwhile: 64 hex digits."""
         facts = (self.prefix, self.form, self.measure, self.data, self.episode, self.controller, self.seed, chosen)
-        content = hashlib.sha256(repr(facts).encode())
-        content.update(hashlib.sha256(self.baseline).digest() + hashlib.sha256(self.controller_start).digest())
-        return content.hexdigest()
+        return hashlib.sha256(repr(facts).encode() + self._weights_digest).hexdigest()
+
+    @functools.cached_property
+    def _weights_digest(self) -> bytes:
+        """Of the networks that episodes begin with: megabytes, which are the same in every one."""
+        return hashlib.sha256(self.baseline).digest() + hashlib.sha256(self.controller_start).digest()
 
     def network(self) -> torch.nn.Module:
         """The baseline, on the CPU."""
@@ -175,7 +180,7 @@ class Player:
         self._fresh = brief.fresh_controller(self.plan).eval()
         self._controller = copy.deepcopy(self._fresh)
         self._version = 0
-        self._renewed = 0.0  # when the lease was, on this process's clock
+        self._renewed = self._aged = 0.0  # when the lease was, and the age of the weights, on this process's clock
         self._give_back()
 
     def play(self) -> dict[str, Any] | None:
@@ -348,12 +353,17 @@ class Player:
             self.metrics.add(PLAYER_SECONDS, spent, phase=phase)
         self.metrics.set(PLAYER_COMPRESSION, now.compression)
         self.metrics.set(PLAYER_ACCURACY, now.accuracy)
-        newest = self.services.weights.version()
-        if newest is not None:
-            self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - episode.weights_version))
+        self._show_age(episode)
         period = self.brief.schedule.snapshot_period
         if period and (now.step % period == 0 or now.reached) and not now.underway.course.over:  # else it is recorded
             self._save(episode, now.underway)
+
+    def _show_age(self, episode: "_Episode") -> None:
+        if time.monotonic() - self._aged < _AGE_S:
+            return
+        self._aged, newest = time.monotonic(), self.services.weights.version()
+        if newest is not None:
+            self.metrics.set(PLAYER_WEIGHTS_AGE, max(0, newest - episode.weights_version))
 
     def _save(self, episode: "_Episode", underway: Underway) -> None:
         since = time.perf_counter()

@@ -175,7 +175,11 @@ class Controller(QNetwork):
         """What the LSTM makes of the states: float32 [T, B, H]."""
         picture = seen.keep_mask.float() if self.config.observation == "mask" else share @ self.by_depth
         inputs = torch.cat([seen.accuracy[..., None], seen.compression[..., None], picture], dim=-1)
-        memory, (h, c) = self.lstm(self.torso(inputs), (state[0][None], state[1][None]))
+        read = self.torso(inputs)
+        if len(read) == 1:  # an actor's: the layer would put its weights into order for many steps first
+            h, c = torch.lstm_cell(read[0], state, *self.lstm.all_weights[0])
+            return h[None], (h, c)
+        memory, (h, c) = self.lstm(read, (state[0][None], state[1][None]))
         return memory, (h[0], c[0])
 
     def on(self, plan: ChannelPlan, measure: str = "parameters") -> "Controller":
