@@ -371,11 +371,20 @@ def test_metrics_tell_of_every_step_and_of_the_episode(
     WeightStore(client, brief.prefix).publish(7, b"newer than those that it plays with")
     player._version = 4
     player.services.weights.pull = lambda newer_than: None  # type: ignore[method-assign]
+    looks: list[int | None] = []
+    version = player.services.weights.version
+
+    def look() -> int | None:
+        looks.append(version())
+        return looks[-1]
+
+    player.services.weights.version = look  # type: ignore[method-assign]
     record = played(player)
     assert (told[PLAYER_STEPS], told[PLAYER_EPISODES]) == (3, 1)
     assert told[PLAYER_IMAGES] == 16 * (3 + 2)  # one minibatch a step, and one to recover at each of two targets
     assert [told[PLAYER_COMPRESSION], told[PLAYER_ACCURACY]] == pytest.approx(record["curve"][-1], abs=1e-6)
     assert told[PLAYER_WEIGHTS_AGE] == 3
+    assert looks == [7]  # three quick steps, which no scrape tells apart
     seconds = told.by(PLAYER_SECONDS)
     assert seconds.pop("insert") > 0
     assert seconds.pop("snapshot") > 0
