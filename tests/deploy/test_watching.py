@@ -146,6 +146,16 @@ def test_the_panels_name_nothing_that_a_node_does_not_export(watched: Watched) -
 
 
 @pytest.mark.skipif(not HAVE_PROMETHEUS, reason="prometheus is not on PATH (Debian: apt-get install)")
+def test_a_prometheus_that_is_there_before_ray_sees_it_come(tmp_path: Path) -> None:
+    discovery = tmp_path / "ray" / "nodes.json"
+    with prometheus(discovery, tmp_path) as url:
+        wait_until(lambda: asked(url, "vector(1)"), "Prometheus is up", 60.0)
+        discovery.parent.mkdir()
+        discovery.write_text(json.dumps([{"targets": [url.removeprefix("http://")]}]))  # its own pages will do
+        wait_until(lambda: asked(url, 'up{job="ray"} == 1'), "the list of nodes is read", 60.0)
+
+
+@pytest.mark.skipif(not HAVE_PROMETHEUS, reason="prometheus is not on PATH (Debian: apt-get install)")
 def test_prometheus_answers_every_query_of_the_dashboard_and_the_alerts(watched: Watched, tmp_path: Path) -> None:
     with prometheus(watched.discovery, tmp_path) as url:
         wait_until(lambda: asked(url, "rate(ray_zeroout_env_steps_total[1m])"), "Prometheus has two scrapes", 60.0)

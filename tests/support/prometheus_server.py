@@ -30,7 +30,7 @@ def prometheus(discovery: Path, folder: Path) -> Iterator[str]:
     config = yaml.safe_load(PROMETHEUS.read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(RULES)]
-    config["scrape_configs"][0]["file_sd_configs"] = [{"files": [str(discovery)]}]
+    config["scrape_configs"][0]["file_sd_configs"][0]["files"] = [str(discovery)]
     path = folder / "prometheus.yml"
     path.write_text(yaml.safe_dump(config))
     with socket.socket() as free:
