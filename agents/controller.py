@@ -39,12 +39,11 @@ from env.errors import UserError
 from env.importance import FEATURES
 from env.measure import and_narrower, log_share_freed
 
-__all__ = ["TAUGHT", "TAUGHT_ON", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
+__all__ = ["TAUGHT", "Controller", "ControllerConfig", "Observations", "ShapeJudgement", "set_value"]
 
-#: What 60 episodes on quarter-width VGG16 have taught together (trial 31 of the search log).
-TAUGHT = Path(__file__).with_name("taught.safetensors")
-#: The networks on which it was measured.
-TAUGHT_ON = ("vgg16", "resnet18")
+#: By network, what its Controller begins with: 60 episodes on quarter-width VGG16 have taught the first, those and 48
+#: on ResNet18 the second (trials 31 and 37 of the search log).
+TAUGHT = {name: Path(__file__).with_name(f"taught-{name}.safetensors") for name in ("vgg16", "resnet18")}
 
 _HARM = 0.5  # c of a layer on the first day, the geometric mean; nats of cross-entropy, in the learner's rescaled units
 _LEAST_DEVIATION = 1e-4  # natural-log units; filters that differ by less are alike
@@ -61,8 +60,8 @@ class ControllerConfig:
     # Reward for each unit of a set's mean advantage (mask) or worth (features): about what one standard deviation of
     # a good score is worth (trial 20 of the search log).
     advantage_scale: float = 0.02
-    # What it starts from: "taught", the file that comes with Zeroout, on the networks and with the sizes that it was
-    # taught with; the controller.safetensors of an earlier campaign, as far as it fits; "" for nothing.
+    # What it starts from: "taught", the file that comes with Zeroout for this network and these sizes, or nothing where
+    # there is none; the controller.safetensors of an earlier campaign, as far as it fits; "" for nothing.
     weights: str = "taught"
 
     def __post_init__(self) -> None:

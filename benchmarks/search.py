@@ -36,8 +36,8 @@ from env.errors import UserError
 from env.networks import NetworkConfig
 
 RESULTS = Path(__file__).parent / "results" / "search"
-#: Behind `agents.controller.TAUGHT`: five campaigns of twelve.
-TAUGHT_EPISODES = 60
+#: Behind each of `agents.controller.TAUGHT`: campaigns of twelve.
+TAUGHT_EPISODES = {"vgg16": 60, "resnet18": 108}
 PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
@@ -69,15 +69,18 @@ that stays the same, whatever happens to the code (the row names its commit). De
 
 A Controller is taught once, by one campaign after the other, each on a seed of its own and beginning with what `zeroout
 teach` learns from the episodes of those before it together: their recovery after an episode is longer than in the
-comparison, and their seeds are not among its seeds. agents/taught.safetensors, which campaigns begin with, is what
-`zeroout teach` learns from those of VGG16 together; it has seen no ResNet18.
+comparison, and their seeds are not among its seeds. agents/taught-vgg16.safetensors, which campaigns on VGG16 begin
+with, is what `zeroout teach` learns from those of VGG16 together; agents/taught-resnet18.safetensors from these and
+four of ResNet18, of which the last two begin with what the others have taught, and recover for three epochs an episode.
 --curve draws what a Controller plays without exploration: with --teach after each campaign, on that network or the one
-that --on names; alone that copy, beside an untaught one, on whatever network.
+that --on names; alone the one that comes with Zeroout (VGG16's where there is none), beside an untaught one.
 
 examples:
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 3 4
-  zeroout teach .search/vgg16-*-teach-*/ --set replay.replay_ratio=64 --out agents/taught.safetensors
+  zeroout teach .search/vgg16-*-teach-*/ --set replay.replay_ratio=64 --out agents/taught-vgg16.safetensors
                                                                         the Controller that the comparison begins with
+  python -m benchmarks.search --data .data --network resnet18 --teach --seeds 3 \
+    --set episode.recovery_minibatches=2226 --set controller.weights=FILE         one of those last two
   python -m benchmarks.search --data .data --network resnet18 --curve 0 1 2         what it plays on other seeds
   python -m benchmarks.search --data .data --teach --seeds 0 1 2 --curve 5 6        and what it plays by stages
   python -m benchmarks.search --data .data --episodes 4                 the first cell, seeds 5 to 9
@@ -206,7 +209,7 @@ class Bench:
         Returns what is learned from the first n of them together, for each n, the untaught one first; not all where
         time was over.
         """
-        cell = replace(self.cell, extra=(*self.cell.extra, *TEACHING))
+        cell = replace(self.cell, extra=(*TEACHING, *self.cell.extra))
         stages, folders, before = [Taught(0, None)], [], Taught(0, None)
         for seed in seeds:
             weights = self.baseline(seed)
@@ -240,7 +243,7 @@ class Bench:
 
     def greedy(self, seed: int, taught: Taught) -> Row | None:
         """The row of what a Controller plays without exploration; made if it is missing and there is time."""
-        cell = replace(self.cell, episodes=1, extra=(*self.cell.extra, *TEACHING, "search.sigma=0.0"))
+        cell = replace(self.cell, episodes=1, extra=(*TEACHING, *self.cell.extra, "search.sigma=0.0"))
         config, begun = taught_by(cell.config(seed, "untrained", None), taught)
         mark = fingerprint(config, without=("sequence", "replay", "learner"), beyond={"begun": begun})
         row = self.ledger.row(mark, seed=seed, method="greedy")
@@ -266,7 +269,8 @@ class Bench:
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
-        taught = {"taught": digest(TAUGHT)} if AGENTS.get(method) else {}
+        start = config.controller_start
+        taught = {"taught": digest(start)} if AGENTS.get(method) and start else {}
         # an episode is the same with snapshots and without
         config = replace(config, search=replace(config.search, snapshot_period=0))
         ignored = [] if method in AGENTS else ["controller", "sequence", "replay", "learner"]
@@ -305,6 +309,12 @@ def taught_by(config: CampaignConfig, taught: Taught) -> tuple[CampaignConfig, s
     if taught.weights is None:
         return config, ""
     return replace(config, controller=replace(config.controller, weights=str(taught.weights))), digest(taught.weights)
+
+
+def comes_with(network: str) -> Taught:
+    """The Controller that campaigns on a network begin with; VGG16's where there is none of its own."""
+    name = network if network in TAUGHT else "vgg16"
+    return Taught(TAUGHT_EPISODES[name], TAUGHT[name])
 
 
 def row_of(out: Path, config: CampaignConfig, method: str) -> Row:
@@ -379,7 +389,7 @@ def main() -> None:
         ledger = Ledger(given.results / f"{cell.name}.jsonl")
         bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
         if given.teach or given.curve:
-            stages = bench.teach(given.seeds) if given.teach else [Taught(0, None), Taught(TAUGHT_EPISODES, TAUGHT)]
+            stages = bench.teach(given.seeds) if given.teach else [Taught(0, None), comes_with(cell.network)]
             there = replace(cell, network=given.on or cell.network)
             elsewhere = replace(bench, cell=there, ledger=Ledger(given.results / f"{there.name}.jsonl"))
             played = elsewhere.played(given.curve, stages, given.jobs)

@@ -15,7 +15,7 @@ import numpy as np
 import tomli_w
 
 from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
-from agents.controller import TAUGHT, TAUGHT_ON, ControllerConfig
+from agents.controller import TAUGHT, ControllerConfig
 from env.compression import EpisodeConfig
 from env.data import DataConfig
 from env.errors import UserError
@@ -118,7 +118,7 @@ class CampaignConfig:
         weights, sizes = self.controller.weights, dataclasses.replace(self.controller, weights="taught")
         if weights != "taught":
             return Path(weights) if weights else None
-        return TAUGHT if self.network.name in TAUGHT_ON and sizes == ControllerConfig() else None
+        return TAUGHT.get(self.network.name) if sizes == ControllerConfig() else None
 
     @property
     def schedule(self) -> ScheduleConfig:

@@ -7,7 +7,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from actors.schedule import TAUGHT_SIGMA, UNTAUGHT_SIGMA
-from agents.controller import TAUGHT, TAUGHT_ON, Controller, ControllerConfig
+from agents.controller import TAUGHT, Controller, ControllerConfig
 from deploy.config import parse
 from deploy.controller_file import check_controller, read_controller
 from env.channels import ChannelPlan
@@ -37,10 +37,10 @@ def test_without_a_file_there_is_nothing_to_start_from() -> None:
     assert check_controller(None, CONFIG, plan(4, 6)) == []
 
 
-@pytest.mark.parametrize("name", TAUGHT_ON)
+@pytest.mark.parametrize("name", TAUGHT)
 def test_what_comes_with_zeroout_fits_the_networks_that_it_was_taught_on(name: str) -> None:
     start = parse(f'network.name = "{name}"').controller_start
-    assert start == TAUGHT
+    assert start == TAUGHT[name]
     form = NetworkForm(network=NetworkConfig(name=name, width=0.1), channels=3, classes=10, image_size=32)
     own = ChannelPlan(form.build(), torch.zeros(1, 3, 32, 32))
     assert check_controller(start, ControllerConfig(), own) == []
