@@ -5,6 +5,7 @@
 
 import argparse
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -21,6 +22,7 @@ from benchmarks.campaigns import (
     campaign,
     commit,
     digest,
+    ended_as_a_command,
     fingerprint,
     images_of,
     run,
@@ -269,8 +271,7 @@ class Bench:
     def fingerprint(self, seed: int, method: str) -> str:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
-        start = config.controller_start
-        taught = {"taught": digest(start)} if AGENTS.get(method) and start else {}
+        taught = {"taught": begun_with(config)} if method in AGENTS and config.controller_start else {}
         # an episode is the same with snapshots and without
         config = replace(config, search=replace(config.search, snapshot_period=0))
         ignored = [] if method in AGENTS else ["controller", "sequence", "replay", "learner"]
@@ -305,10 +306,23 @@ class Bench:
 
 
 def taught_by(config: CampaignConfig, taught: Taught) -> tuple[CampaignConfig, str]:
-    """`config`, beginning with a Controller; and that one's digest, "" where it knows nothing."""
-    if taught.weights is None:
-        return config, ""
-    return replace(config, controller=replace(config.controller, weights=str(taught.weights))), digest(taught.weights)
+    """`config`, beginning with a Controller, or as it says itself; and that one's digest, "" where it knows nothing."""
+    if taught.weights is not None:
+        config = replace(config, controller=replace(config.controller, weights=str(taught.weights)))
+    return config, begun_with(config)
+
+
+def begun_with(config: CampaignConfig) -> str:
+    """The digest of what the Controller begins with, "" for nothing. Raises UserError where the file is not there."""
+    start = config.controller_start
+    if start is not None and not start.is_file():
+        raise UserError(
+            "controller.weights",
+            expected="a Controller's file",
+            got=f"{start}, which is not there",
+            remedy="name the controller.safetensors of a campaign, or what `zeroout teach` has written",
+        )
+    return digest(start) if start else ""
 
 
 def comes_with(network: str) -> Taught:
@@ -381,11 +395,24 @@ def main() -> None:
             NetworkConfig(name=name or given.network)
         except UserError as error:
             parser.error(f"{option}: {error}")
+    if given.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {given.jobs}")
+    if given.data != "digits" and not given.quick and not Path(given.data).is_dir():
+        parser.error(f"--data: expected a folder of images or digits, got {given.data}, which is not there")
+    with ended_as_a_command():
+        compare(given)
+
+
+def compare(given: argparse.Namespace) -> None:
+    """Make what is missing of each cell, and its page or curve."""
     if given.quick:
         given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
     command = " ".join(["python -m benchmarks.search", *sys.argv[1:]])
-    for cell in cells(given):
+    chosen = list(cells(given))
+    for cell, method in itertools.product(chosen, METHODS):
+        begun_with(cell.config(0, method, None))  # a wrong value is said before a baseline is trained
+    for cell in chosen:
         ledger = Ledger(given.results / f"{cell.name}.jsonl")
         bench = Bench(cell, ledger, given.work, time.time() + 60.0 * given.minutes)
         if given.teach or given.curve:

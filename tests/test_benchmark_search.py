@@ -110,3 +110,30 @@ def test_the_curve_by_hand(tmp_path: Path) -> None:
     assert "| 12 | 3 | -0.230 (0.040) | 6.00 (0.00) | +0.020 (3 of 3) | 0.074 |" in said
     assert (tmp_path / "cell-greedy.md").read_text() == said
     assert (tmp_path / "cell-greedy.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--set", "search.nope=3"], "key search.nope: expected one of"),
+        (["--set", "controller.weights=none.safetensors"], "controller.weights: expected a Controller's file"),
+        (["--targets", "1.5"], "episode.targets: expected shares inside"),
+    ],
+)
+def test_a_wrong_value_is_said_in_a_line_before_anything_is_trained(
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    monkeypatch.setattr("sys.argv", ["search", "--data", "digits", *places, *given])
+    with pytest.raises(SystemExit) as ended:
+        search.main()
+    assert str(ended.value).startswith(f"zeroout: {said}")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_controller_that_is_named_is_told_apart_from_none(tmp_path: Path) -> None:
+    weights = tmp_path / "controller.safetensors"
+    weights.write_bytes(b"what it has learned")
+    plain, named = bench(tmp_path), bench(tmp_path, extra=(f'controller.weights="{weights}"',))
+    assert named.fingerprint(5, "fresh") != plain.fingerprint(5, "fresh")
+    assert search.begun_with(plain.cell.config(5, "fresh", None)) == ""
