@@ -32,6 +32,7 @@ from benchmarks.search_methods.greedy import Taught, write_curve
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
 from deploy.config import CampaignConfig, parse
+from deploy.controller_file import read_controller
 from deploy.folder import CampaignFolder, read_json
 from deploy.teach import teach
 from env.errors import UserError
@@ -313,15 +314,9 @@ def taught_by(config: CampaignConfig, taught: Taught) -> tuple[CampaignConfig, s
 
 
 def begun_with(config: CampaignConfig) -> str:
-    """The digest of what the Controller begins with, "" for nothing. Raises UserError where the file is not there."""
+    """The digest of what the Controller begins with, "" for nothing. UserError as `read_controller`."""
     start = config.controller_start
-    if start is not None and not start.is_file():
-        raise UserError(
-            "controller.weights",
-            expected="a Controller's file",
-            got=f"{start}, which is not there",
-            remedy="name the controller.safetensors of a campaign, or what `zeroout teach` has written",
-        )
+    read_controller(start)
     return digest(start) if start else ""
 
 

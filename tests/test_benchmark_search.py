@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
+from agents.controller import TAUGHT
 from benchmarks import search
 from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
@@ -116,7 +117,10 @@ def test_the_curve_by_hand(tmp_path: Path) -> None:
     ("given", "said"),
     [
         (["--set", "search.nope=3"], "key search.nope: expected one of"),
-        (["--set", "controller.weights=none.safetensors"], "controller.weights: expected a Controller's file"),
+        (
+            ["--set", "controller.weights=none.safetensors"],
+            "controller.weights none.safetensors: expected the controller.safetensors of a campaign",
+        ),
         (["--targets", "1.5"], "episode.targets: expected shares inside"),
     ],
 )
@@ -132,8 +136,6 @@ def test_a_wrong_value_is_said_in_a_line_before_anything_is_trained(
 
 
 def test_a_controller_that_is_named_is_told_apart_from_none(tmp_path: Path) -> None:
-    weights = tmp_path / "controller.safetensors"
-    weights.write_bytes(b"what it has learned")
-    plain, named = bench(tmp_path), bench(tmp_path, extra=(f'controller.weights="{weights}"',))
+    plain, named = bench(tmp_path), bench(tmp_path, extra=(f'controller.weights="{TAUGHT["vgg16"]}"',))
     assert named.fingerprint(5, "fresh") != plain.fingerprint(5, "fresh")
     assert search.begun_with(plain.cell.config(5, "fresh", None)) == ""

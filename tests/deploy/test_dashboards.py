@@ -95,8 +95,8 @@ def test_prometheus_reads_rays_list_of_nodes_and_the_alerts() -> None:
     config = yaml.safe_load(PROMETHEUS.read_text())
     assert [PROMETHEUS.parent / name for name in config["rule_files"]] == [RULES]
     (job,) = config["scrape_configs"]
-    (nodes,) = job["file_sd_configs"]
-    assert nodes["files"] == ["/tmp/ray/prom_metrics_service_discovery.json"]
+    nodes = {"files": ["/tmp/ray/prom_metrics_service_discovery.json"], "refresh_interval": "10s"}
+    assert job["file_sd_configs"] == [nodes]
     for rule in alerts().values():
         assert rule["labels"]["severity"] in ("warning", "critical")
         assert rule["annotations"].keys() == {"summary", "description"}
