@@ -126,11 +126,11 @@ def beside(out: Path, suffix: str) -> Path:
 
 
 def commit() -> str:
-    """Of the code that makes a row; a row is not made again because the code has changed."""
-    asked = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip()
+    """Of the code that makes a row, "" where git cannot say; a row is not made again because the code has changed."""
+    command = ["git", "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
 
 
 def fingerprint(

@@ -177,8 +177,8 @@ def naive_way(bench: Bench, network: nn.Module) -> Way:
         generator = torch.Generator().manual_seed(seed)
         optimizer = torch.optim.SGD(network.parameters(), lr=RATE, momentum=MOMENTUM, weight_decay=DECAY)
         network.train()
-        for chosen in choices(len(data.train), BATCH, bench.minibatches, generator):
-            batch = data.train.take(chosen.to(bench.device))
+        for chosen in choices(len(data.train), BATCH, bench.minibatches, generator, bench.device):
+            batch = data.train.take(chosen)
             images = augmented(batch, data, AUGMENT, generator)
             optimizer.zero_grad()
             with arithmetic:
@@ -219,8 +219,8 @@ def graph_way(bench: Bench, network: nn.Module) -> Way:
     def train(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         with seeded(bench.device, seed):
-            for chosen in choices(len(data.train), BATCH, bench.minibatches, generator):
-                batch = data.train.take(chosen.to(bench.device))
+            for chosen in choices(len(data.train), BATCH, bench.minibatches, generator, bench.device):
+                batch = data.train.take(chosen)
                 images.copy_(augmented(batch, data, AUGMENT, generator))
                 labels.copy_(batch.labels)
                 graph.replay()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from env.augment import augment, normalise
+from env.captured import WORTH, captured
 from env.cpu_layers import cpu_layers, judges_channels_last, keep_freed_memory, quick_form
 from env.data import DataConfig, Dataset, require_batch
 from env.errors import NonFiniteError
@@ -106,14 +107,18 @@ def retrain(
     optimizer = make_optimizer(network, learning_rate, momentum=momentum, weight_decay=weight_decay)
     network.train()
     total = torch.zeros((), device=dataset.train.images.device)
+
+    def once(images: Tensor, labels: Tensor) -> Tensor:
+        loss = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
+        return update(network, optimizer, images, loss, precision=precision)
+
+    play = captured(once, network) if minibatches >= WORTH else once
     with seeded(dataset.train.images.device, seed):
-        for index, chosen in enumerate(choices(len(dataset.train), batch_size, minibatches, generator)):
+        for index, chosen in enumerate(choices(len(dataset.train), batch_size, minibatches, generator, total.device)):
             if decay:
                 set_rate(optimizer, learning_rate * (1 - index / minibatches))
-            batch = dataset.train.take(chosen.to(total.device))
-            loss = partial(F.cross_entropy, target=batch.labels, label_smoothing=label_smoothing)
-            pictures = augmented(batch, dataset, data_config, generator)
-            total += update(network, optimizer, pictures, loss, precision=precision)
+            batch = dataset.train.take(chosen)
+            total += play(augmented(batch, dataset, data_config, generator), batch.labels)
             if on_minibatch is not None:
                 on_minibatch()
     if not bool(total.isfinite()) or not finite(network):
@@ -164,12 +169,17 @@ def augmented(batch: Split, dataset: Dataset, config: DataConfig, generator: tor
     )
 
 
-def choices(images: int, batch_size: int, count: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """`count` times the indices of a minibatch (int64 [batch_size]): no image twice before all came once."""
+def choices(
+    images: int, batch_size: int, count: int, generator: torch.Generator, device: torch.device
+) -> Iterator[Tensor]:
+    """`count` times the indices of a minibatch (int64 [batch_size] on `device`): no image twice before all came once.
+
+    The generator's device draws them, so a CPU generator gives the same on every device.
+    """
     waiting = torch.empty(0, dtype=torch.int64)
     for _ in range(count):
         if len(waiting) < batch_size:
-            waiting = torch.randperm(images, generator=generator)  # an incomplete rest is left out
+            waiting = torch.randperm(images, generator=generator).to(device)  # an incomplete rest is left out
         yield waiting[:batch_size]
         waiting = waiting[batch_size:]
 
@@ -188,9 +198,15 @@ def make_optimizer(
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of all parameters."""
+    """Set the learning rate of all parameters; on a GPU in a tensor there, which a recorded update reads anew."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if device.type != "cuda":
+            group["lr"] = rate
+        elif isinstance(group["lr"], Tensor) and group["lr"].device == device:
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = torch.full((), rate, device=device)
 
 
 def _autocast(device: torch.device, precision: str) -> torch.autocast:

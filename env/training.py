@@ -1,13 +1,14 @@
 """Whole trainings: of the baseline, and of the chosen networks at the end (the source's 300 and 50 epochs).
 
-A training can be killed at any moment and goes on from its last epoch, bit for bit. Called by `deploy/prepare.py` and
-`deploy/recover.py`. To the updates of env/retraining.py come what only whole trainings want: a teacher's soft targets
-(Hinton et al. 2015), an average of the weights, and the accuracy on the way.
+A training can be killed at any moment and goes on from the last epoch that was kept, on a CPU bit for bit. Called by
+`deploy/prepare.py` and `deploy/recover.py`. To the updates of env/retraining.py come what only whole trainings want: a
+teacher's soft targets (Hinton et al. 2015), an average of the weights, and the accuracy on the way.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from env.averaging import averaged
+from env.captured import captured
 from env.data import DataConfig, Dataset, check_fields, require_batch
 from env.errors import NonFiniteError
 from env.retraining import (
@@ -90,15 +92,15 @@ def train(
 
     `seed` alone draws the order of the images and their augmentation. With `config.distillation` the `teacher`
     (same device and classes) sees the same images, in eval mode, where it stays. With `config.average` it is the
-    averaged weights that are validated and that end in `network`. With `checkpoint`, a file, every epoch is kept, and a
-    call with the same arguments goes on where the last one ended: in float32 with the same number of threads, bit for
-    bit as if it had not been interrupted. It may also go on with another learning rate, warm-up or precision, which is
-    logged. A broken checkpoint is logged and training starts again. `on_batch` is called at most once a second.
-    Messages call the configuration `section`.
+    averaged weights that are validated and that end in `network`. With `checkpoint`, a file, every epoch is kept (of a
+    large network one in ten seconds), and a call with the same arguments goes on where the last one ended: on a CPU in
+    float32 with the same number of threads, bit for bit as if it had not been interrupted. It may also go on with
+    another learning rate, warm-up or precision, which is logged. A broken checkpoint is logged and training starts
+    again. `on_batch` is called at most once a second. Messages call the configuration `section`.
 
     Raises:
         NonFiniteError: the loss or a weight is not finite; names epoch, learning rate and what to try. The last
-            good epoch stays in `checkpoint`.
+            epoch that was kept stays in `checkpoint`.
         UserError: the checkpoint is of another training, or cannot be written; fewer images than a batch.
 
     """
@@ -108,6 +110,7 @@ def train(
     if checkpoint is not None:
         kept = Checkpoint(checkpoint, network, dataset, data_config, config, seed=seed, section=section)
         kept.restore(run)
+        run.kept = run.epoch
     network.train()
     reporter = Reporter(
         epochs=config.epochs,
@@ -122,8 +125,9 @@ def train(
         means = _epoch(run, reporter, checkpoint)
         validation = _judge(run)
         run.epoch += 1
-        if kept is not None:
+        if kept is not None and (kept.is_due() or run.epoch == config.epochs):
             kept.save(run)
+            run.kept = run.epoch
         reporter.epoch(means, validation)
     validation = validation or _judge(run)
     if run.average is not None:
@@ -168,6 +172,8 @@ class _Run:
         self.average = averaged(network, config.average) if config.average else None
         self.generator = torch.Generator().manual_seed(seed)
         self.epoch = 0  # epochs finished
+        self.kept = 0  # of them in the checkpoint
+        self.update = captured(partial(_update, self), network)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -201,12 +207,14 @@ def _epoch(run: _Run, reporter: Reporter, checkpoint: Path | None) -> Means:
     # Dropout in a user's network draws from torch's global generator: seeded by ours, it resumes too.
     inner_seed = int(torch.randint(2**62, (), generator=run.generator))
     with seeded(device, inner_seed):
-        images_of = choices(len(dataset.train), config.batch_size, count, run.generator)
+        images_of = choices(len(dataset.train), config.batch_size, count, run.generator, device)
         for index, chosen in enumerate(images_of, start=1):
             rate = _scheduled(config, (run.epoch * count + index) / (config.epochs * count + 1))
             set_rate(run.optimizer, rate)
-            batch = dataset.train.take(chosen.to(device))
-            sums += _update(run, augmented(batch, dataset, run.data_config, run.generator), batch.labels)
+            batch = dataset.train.take(chosen)
+            sums += run.update(augmented(batch, dataset, run.data_config, run.generator), batch.labels)
+            if run.average is not None:
+                run.average.update_parameters(run.network)
             due, last = reporter.batch_is_due(), index == count
             if due or last or index % _FINITE_PERIOD == 0:
                 loss, accuracy = (sums / index).tolist()
@@ -232,8 +240,6 @@ def _update(run: _Run, images: Tensor, labels: Tensor) -> Tensor:
         return (1 - share) * loss + share * distillation_loss(logits, wanted, config.temperature)
 
     loss = update(run.network, run.optimizer, images, loss_of, precision=config.precision)
-    if run.average is not None:
-        run.average.update_parameters(run.network)
     return torch.stack([loss, right])
 
 
@@ -252,8 +258,8 @@ def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteErr
     if run.config.precision != "float32":
         attempts.append(f"{name}.precision float32")
     kept = ""
-    if checkpoint and run.epoch:
-        kept = f"; the state after epoch {run.epoch} is kept in {checkpoint}, and training goes on from there"
+    if checkpoint and run.kept:
+        kept = f"; the state after epoch {run.kept} is kept in {checkpoint}, and training goes on from there"
     return NonFiniteError(
         f"training: loss or weights are not finite in epoch {run.epoch + 1} at learning rate {rate:g}; "
         f"try {', '.join(attempts[:-1])} or {attempts[-1]}{kept}"

@@ -1,4 +1,4 @@
-"""The checkpoint of a whole training: one file, replaced after each epoch, from which only the same training goes on.
+"""The checkpoint of a whole training: one file, replaced after an epoch, from which only the same training goes on.
 
 Its learning rate, warm-up and precision may be changed on the way, for a training whose loss became NaN or infinite.
 
@@ -9,6 +9,7 @@ import copy
 import io
 import json
 import logging
+import time
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -27,6 +28,8 @@ __all__ = ["Checkpoint", "Resumable"]
 _LOG = logging.getLogger(__name__)
 #: Settings that a training may go on with changed: what is tried after a loss that is not finite.
 _FREE = ("train.learning_rate", "train.warmup_share", "train.precision")
+#: A file larger than this is not written more often: a GPU's epoch of a large network is soon over.
+_LARGE_BYTES, _REST_S = 32 * 2**20, 10.0
 
 
 class Resumable(Protocol):
@@ -56,6 +59,7 @@ class Checkpoint:
         """Take what `env.training.train` was given; `config` is its TrainConfig, `section` the name in messages."""
         shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
         self._path, self._section = path, section
+        self._bytes, self._saved_s = 0, 0.0
         self._defaults = _fields(type(config)())
         self._identity = {
             **_fields(config),
@@ -66,6 +70,10 @@ class Checkpoint:
             "network": json.dumps(shapes),
         }
 
+    def is_due(self) -> bool:
+        """Whether an epoch that has ended is worth a `save`: always, unless the file is large and new."""
+        return self._bytes <= _LARGE_BYTES or time.monotonic() - self._saved_s >= _REST_S
+
     def save(self, training: Resumable) -> None:
         """Replace the file, making its folder if need be; UserError when the disk does not take it."""
         buffer = io.BytesIO()  # torch's own writer says of a full disk only that an assertion failed
@@ -74,6 +82,7 @@ class Checkpoint:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with replace_file(self._path) as temporary:
                 temporary.write_bytes(buffer.getbuffer())
+            self._bytes, self._saved_s = buffer.tell(), time.monotonic()
         except OSError as error:
             raise UserError(
                 f"checkpoint {self._path}",
