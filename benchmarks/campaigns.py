@@ -75,8 +75,8 @@ def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -
 
 
 def process(command: Sequence[str], out: Path, what: str, deadline_s: float = math.inf) -> None:
-    """Run Python with one thread of torch; what it prints stands beside its folder."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled"}
+    """Run Python with one thread of torch, or $OMP_NUM_THREADS; what it prints stands beside its folder."""
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "RAY_AUTH_MODE": "disabled"}
     since, before = time.perf_counter(), seconds_of(out)
     with beside(out, ".log").open("ab") as log:
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -155,10 +155,10 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, pr
         network=config.network, channels=channels, classes=len(dataset.classes), image_size=height, image_width=width
     )
     model, facts = folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
+    given = _given(config, dataset)
     if not (model.is_file() and facts.is_file()):
         folder.baseline.mkdir(exist_ok=True)
-        _make(folder, config, form, dataset, model, facts, progress)
-    given = _given(config, dataset)
+        _make(folder, config, form, dataset, given, model, facts, progress)
     validation = Metrics(**read_json(facts)["validation"])
     progress.note(f"baseline: {given['parameters']:,} parameters, validation accuracy {validation.accuracy:.4f}")
     return Baseline(
@@ -183,12 +183,13 @@ def _make(
     config: CampaignConfig,
     form: NetworkForm,
     dataset: Dataset,
+    given: dict[str, int],
     model: Path,
     facts: Path,
     progress: Progress,
 ) -> None:
     """Train, load or transfer the network, add its skip convolutions if asked, and save both files."""
-    there, given = dataset.to(default_device()), _given(config, dataset)
+    there = dataset.to(default_device())
     if config.transfer.classes:
         measure = Measure(config.episode.measure, given[config.episode.measure])
         network = transferred(folder, config, form, there, measure, progress)
