@@ -95,7 +95,7 @@ on the test split. Compression is counted on the compact network, against the ne
   uniform          all widths multiplied alike, trained from scratch as long as the baseline
   source           the source's agent: mask observation, reward by accuracy, a convolution on each identity skip
 
-How long everything lasts is a protocol: `gpu` (150 epochs, 50 of recovery, bfloat16) or `cpu` (8 and 3), by what this
+How long everything lasts is a protocol: `gpu` (100 epochs, 50 of recovery, bfloat16) or `cpu` (8 and 3), by what this
 machine has. A run that is stopped, or that ends by itself because its minutes are over, goes on where it was: campaigns
 lie under --work, and a row for each network in --results/tables.jsonl with a fingerprint of its configuration. Delete
 the rows to make them again. The page and the figures are made of all rows there are.
@@ -115,7 +115,7 @@ validation_share = 0.05
 flip = true
 shift_pixels = 4
 [baseline]
-epochs = 150
+epochs = 100
 batch_size = 256
 learning_rate = 0.2
 precision = "bfloat16"
@@ -135,12 +135,12 @@ recovery_learning_rate = 0.05
 precision = "bfloat16"
 [recovery]
 epochs = 50
-batch_size = 256
-learning_rate = 0.1
+batch_size = 512
+learning_rate = 0.15
 precision = "bfloat16"
 {LEARNING}
 [search]
-episodes = 16
+episodes = 12
 actors = 4
 [cluster]
 gpus_per_actor = 0.25

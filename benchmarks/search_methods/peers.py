@@ -19,7 +19,7 @@ from torch import nn
 from benchmarks.campaigns import ended_as_a_command
 from deploy.config import dump, load
 from deploy.folder import CampaignFolder, read_json, write_json
-from deploy.prepare import Baseline, preflight, prepare, train_shown
+from deploy.prepare import Baseline, default_device, preflight, prepare, train_shown
 from deploy.progress import Progress, make_progress
 from deploy.recover import Recovery
 from env.augment import normalise
@@ -73,12 +73,13 @@ class Peer:
         retrain(
             network, self.dataset, self.recovery.config.data,
             minibatches=minibatches, batch_size=episode.batch_size, learning_rate=rate, decay=decay,
-            seed=derive_seed(self.recovery.config.seed, name),
+            seed=derive_seed(self.recovery.config.seed, name), precision=episode.precision,
         )  # fmt: skip
 
     def cross_entropy(self, network: nn.Module) -> float:
         """On the whole validation split."""
-        return evaluate(network, self.dataset.validation, self.dataset.mean, self.dataset.std).cross_entropy
+        dataset, precision = self.dataset, self.recovery.config.episode.precision
+        return evaluate(network, dataset.validation, dataset.mean, dataset.std, precision=precision).cross_entropy
 
 
 def best_of_torch_pruning(peer: Peer) -> tuple[nn.Module, dict[str, Any]]:
@@ -86,7 +87,7 @@ def best_of_torch_pruning(peer: Peer) -> tuple[nn.Module, dict[str, Any]]:
     episode, tried = peer.recovery.config.episode, []
     for name in CRITERIA:
         for steps in (1, STEPS):
-            network = copy.deepcopy(peer.baseline.network)
+            network = copy.deepcopy(peer.baseline.network).to(default_device())
             for step in range(1, steps + 1):
                 network = pruned(peer, network, name, peer.target * step / steps)
                 peer.retrained(network, episode.step_minibatches, episode.step_learning_rate, name=f"{name} {step}")
@@ -128,7 +129,7 @@ def pruned(peer: Peer, network: nn.Module, criterion: str, target: float) -> nn.
 
 def _once(peer: Peer, network: nn.Module, criterion: str, ratio: float) -> nn.Module:
     make, together = CRITERIA[criterion]
-    example = torch.zeros(1, *peer.dataset.image_shape)
+    example = torch.zeros(1, *peer.dataset.image_shape, device=default_device())
     last = [module for module in network.modules() if isinstance(module, nn.Linear)][-1]
     pruner = tp.pruner.BasePruner(
         network, example, importance=make(), global_pruning=together, pruning_ratio=ratio,
@@ -143,7 +144,7 @@ def _once(peer: Peer, network: nn.Module, criterion: str, ratio: float) -> nn.Mo
 
 def _gradients(peer: Peer, network: nn.Module) -> None:
     """Of the cross-entropy of as many training images as our own score sees."""
-    chosen = torch.randperm(len(peer.dataset.train), generator=torch.Generator().manual_seed(0))
+    chosen = torch.randperm(len(peer.dataset.train), generator=torch.Generator().manual_seed(0)).to(default_device())
     batch = peer.dataset.train.take(chosen[: peer.recovery.config.episode.score_images])
     network.eval()
     images = normalise(batch.images, peer.dataset.mean, peer.dataset.std)
@@ -166,7 +167,7 @@ def smaller_from_scratch(peer: Peer) -> tuple[nn.Module, dict[str, Any]]:
     for _ in range(20):
         width = (low + high) / 2
         low, high = (width, high) if peer.removed(made(width)) >= peer.target else (low, width)
-    network = made(low)
+    network = made(low).to(default_device())
     train_shown(
         network, peer.dataset, config, config.baseline, name="uniform", section="baseline",
         seed=derive_seed(config.seed, "uniform"), checkpoint=peer.folder.path / "uniform.pt",
@@ -187,7 +188,7 @@ def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
     if (out / "result.json").is_file():
         return
     config = load(config_path)
-    dataset = preflight(config)
+    dataset = preflight(config).to(default_device())
     folder = CampaignFolder.create(out, dump(config))
     baseline = prepare(folder, config, dataset, progress)
     recovery = Recovery(folder, config, dataset, baseline, progress)
