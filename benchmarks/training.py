@@ -10,13 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.campaigns import commit
 from benchmarks.step import cpu_name, random_mask
@@ -123,6 +124,16 @@ def book(
         on_epoch(None)
 
 
+def kernels(bench: Bench, network: nn.Module) -> str:
+    """What an update of `network` asks the device for: times, names and shares of its time, the longest first."""
+    few = replace(bench.data, train=images(bench.config.batch_size * 20, bench.device))
+    activities = [ProfilerActivity.CUDA if bench.device.type == "cuda" else ProfilerActivity.CPU]
+    with profile(activities=activities) as seen:
+        train(network, few, AUGMENT, replace(bench.config, epochs=3), seed=0)
+        bench.finish()
+    return seen.key_averages().table(sort_by=f"self_{bench.device.type}_time_total", row_limit=30)
+
+
 def images(count: int, device: torch.device) -> Split:
     """Noise in CIFAR-10's shape."""
     generator = torch.Generator().manual_seed(count)
@@ -224,6 +235,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=TRAIN, help=f"of an epoch (default {TRAIN:,})")
     parser.add_argument("--epochs", type=int, default=3, help="timed (default 3)")
     parser.add_argument("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="default bfloat16")
+    parser.add_argument("--kernels", action="store_true", help="where the time goes instead; writes nothing")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default benchmarks/results")
     given = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -236,6 +248,11 @@ def main() -> None:
     config = TrainConfig(epochs=given.epochs + 2, batch_size=given.batch, learning_rate=0.05, precision=given.precision)
     most = peak(device)
     bench = Bench(device=device, data=data, config=config)
+    if given.kernels:
+        for name in given.networks:
+            for shape, network in shapes(NETWORKS[name](width=given.width).to(device), given.compression, device):
+                print(f"{name} {shape}\n{kernels(bench, network)}", flush=True)
+        return
     rows = [
         row
         for name in given.networks

@@ -2,8 +2,8 @@
 
 Called by the environment in every step, and by `env/training.py` for whole trainings.
 
-Images go in as channels_last and the layers follow, on a CPU those of env/cpu_layers.py; weights stay as they are
-outside a training, so that saving and slicing them never meets odd strides.
+Images go in as channels_last and the layers follow, on a CPU those of env/cpu_layers.py; weights stay as they are, so
+that saving and slicing them never meets odd strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +29,6 @@ __all__ = [
     "choices",
     "evaluate",
     "finite",
-    "laid_out",
     "logits_of",
     "make_optimizer",
     "retrain",
@@ -105,16 +104,16 @@ def retrain(
         raise ValueError(f"minibatches must be at least 1, got {minibatches}")
     require_batch(dataset, batch_size)
     generator = torch.Generator().manual_seed(seed)
+    optimizer = make_optimizer(network, learning_rate, momentum=momentum, weight_decay=weight_decay)
     network.train()
     total = torch.zeros((), device=dataset.train.images.device)
-    with laid_out(network), seeded(dataset.train.images.device, seed):
-        optimizer = make_optimizer(network, learning_rate, momentum=momentum, weight_decay=weight_decay)
 
-        def once(images: Tensor, labels: Tensor) -> Tensor:
-            loss = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
-            return update(network, optimizer, images, loss, precision=precision)
+    def once(images: Tensor, labels: Tensor) -> Tensor:
+        loss = partial(F.cross_entropy, target=labels, label_smoothing=label_smoothing)
+        return update(network, optimizer, images, loss, precision=precision)
 
-        play = captured(once, network) if minibatches >= WORTH else once
+    play = captured(once, network) if minibatches >= WORTH else once
+    with seeded(dataset.train.images.device, seed):
         for index, chosen in enumerate(choices(len(dataset.train), batch_size, minibatches, generator, total.device)):
             if decay:
                 set_rate(optimizer, learning_rate * (1 - index / minibatches))
@@ -245,24 +244,6 @@ def _channels_last(images: Tensor) -> Tensor:
     if channels == 1:
         return images.contiguous().as_strided((batch, 1, height, width), (height * width, 1, width, 1))
     return images.contiguous(memory_format=torch.channels_last)
-
-
-@contextmanager
-def laid_out(*networks: nn.Module) -> Iterator[None]:
-    """On a GPU convolution weights have their channels innermost inside, which spares each update copies of them."""
-    weights = [
-        module.weight
-        for network in networks
-        for module in network.modules()
-        if type(module) is nn.Conv2d and module.weight.is_cuda
-    ]
-    for weight in weights:
-        weight.data = weight.data.contiguous(memory_format=torch.channels_last)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.data = weight.data.contiguous()
 
 
 @contextmanager

@@ -26,7 +26,6 @@ from env.retraining import (
     choices,
     evaluate,
     finite,
-    laid_out,
     logits_of,
     make_optimizer,
     seeded,
@@ -106,35 +105,34 @@ def train(
 
     """
     require_batch(dataset, config.batch_size)
-    with laid_out(network, *([] if teacher is None else [teacher])):
-        run = _Run(network, dataset, data_config, config, seed=seed, teacher=teacher, section=section)
-        kept = None
-        if checkpoint is not None:
-            kept = Checkpoint(checkpoint, network, dataset, data_config, config, seed=seed, section=section)
-            kept.restore(run)
+    run = _Run(network, dataset, data_config, config, seed=seed, teacher=teacher, section=section)
+    kept = None
+    if checkpoint is not None:
+        kept = Checkpoint(checkpoint, network, dataset, data_config, config, seed=seed, section=section)
+        kept.restore(run)
+        run.kept = run.epoch
+    network.train()
+    reporter = Reporter(
+        epochs=config.epochs,
+        minibatches=run.minibatches,
+        batch_size=config.batch_size,
+        finished=run.epoch,
+        on_epoch=on_epoch,
+        on_batch=on_batch,
+    )
+    validation: Metrics | None = None
+    while run.epoch < config.epochs:
+        means = _epoch(run, reporter, checkpoint)
+        validation = _judge(run)
+        run.epoch += 1
+        if kept is not None and (kept.is_due() or run.epoch == config.epochs):
+            kept.save(run)
             run.kept = run.epoch
-        network.train()
-        reporter = Reporter(
-            epochs=config.epochs,
-            minibatches=run.minibatches,
-            batch_size=config.batch_size,
-            finished=run.epoch,
-            on_epoch=on_epoch,
-            on_batch=on_batch,
-        )
-        validation: Metrics | None = None
-        while run.epoch < config.epochs:
-            means = _epoch(run, reporter, checkpoint)
-            validation = _judge(run)
-            run.epoch += 1
-            if kept is not None and (kept.is_due() or run.epoch == config.epochs):
-                kept.save(run)
-                run.kept = run.epoch
-            reporter.epoch(means, validation)
-        validation = validation or _judge(run)
-        if run.average is not None:
-            network.load_state_dict(run.average.module.state_dict())
-        return validation
+        reporter.epoch(means, validation)
+    validation = validation or _judge(run)
+    if run.average is not None:
+        network.load_state_dict(run.average.module.state_dict())
+    return validation
 
 
 def distillation_loss(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
@@ -189,9 +187,6 @@ class _Run:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        for parameter, kept in self.optimizer.state.items():  # on another device it may have been laid out otherwise
-            if kept.get("momentum_buffer") is not None:
-                kept["momentum_buffer"] = torch.empty_like(parameter).copy_(kept["momentum_buffer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.generator.set_state(state["generator"])

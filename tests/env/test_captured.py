@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from tiny_training import FEW, network
 from torch import Tensor, nn
 
+from env.augment import augment
 from env.captured import captured
 from env.data import DataConfig
 from env.networks import small, vgg16
@@ -42,6 +43,23 @@ def minibatches(count: int, device: str) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, 16, 1, 8, 8, generator=generator).to(device)
     return list(zip(images, torch.randint(10, (count, 16), generator=generator).to(device), strict=True))
+
+
+@gpu
+def test_a_cpu_generator_gives_the_same_pictures_on_a_gpu() -> None:
+    pictures = torch.randint(256, (512, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    shown: dict[str, list[Tensor]] = {"cpu": [], "cuda": []}
+    for device, batches in shown.items():
+        generator = torch.Generator().manual_seed(1)
+        for _ in range(50):  # without a pause, so that a copy that is overtaken would show
+            batches.append(
+                augment(
+                    pictures.to(device), flip=True, shift_pixels=4, mean=(0.5,) * 3, std=(0.25,) * 3,
+                    generator=generator,
+                )
+            )  # fmt: skip
+    for mine, theirs in zip(shown["cuda"], shown["cpu"], strict=True):
+        torch.testing.assert_close(mine.cpu(), theirs)
 
 
 def test_on_the_cpu_nothing_is_recorded() -> None:
