@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 #: Groups that a campaign can compare the Controller with.
-CONTROLS = ("random", "taylor", "balanced", "gamma", "hrank", "fpgm", "l2", "cem", "untrained")
+CONTROLS = ("random", "taylor", "balanced", "balanced-l1", "gamma", "hrank", "fpgm", "l2", "cem", "untrained")
 
 #: How far a Controller explores that has been taught before.
 TAUGHT_SIGMA = 0.3
@@ -32,7 +32,8 @@ UNTAUGHT_SIGMA = 0.8
 
 #: Who can decide in a campaign: the Controller that learns, or one of the others alone, without learner and replay.
 METHODS = (
-    "controller", "taylor", "balanced", "gamma", "uniform-l1", "hrank", "fpgm", "l2", "random", "cem", "untrained"
+    "controller", "taylor", "balanced", "balanced-l1", "gamma", "uniform-l1", "hrank", "fpgm", "l2", "random", "cem",
+    "untrained",
 )  # fmt: skip
 
 #: The teachers' first round; later rounds add Taylor with random layer offsets, since these repeat themselves exactly.

@@ -180,6 +180,7 @@ _SCORED: dict[str, tuple[_Score, str]] = {
     "gamma": (_column("log_gamma"), "global"),
     "taylor": (_column("log_taylor"), "global"),
     "balanced": (_column("log_taylor"), "balanced"),
+    "balanced-l1": (_column("log_l1"), "balanced"),
     "hrank": (_importance, "uniform"),
     "fpgm": (_importance, "uniform"),
     "l2": (_importance, "uniform"),

@@ -23,7 +23,9 @@ __all__ = ["frontier_image", "frontier_png", "learning_image", "learning_png", "
 
 Record = dict[str, Any]
 
-_MARKERS = {"search": "o", "taylor": "s", "balanced": "X", "random": "v", "cem": "D", "untrained": "^"}
+_MARKERS = {
+    "search": "o", "taylor": "s", "balanced": "X", "balanced-l1": "p", "random": "v", "cem": "D", "untrained": "^",
+}  # fmt: skip
 _LABELS = {"search": "search (Controller)"}
 #: Heuristics that play within the search; hollow, since their episodes are the search's.
 _TEACHER_MARKERS = {"taylor": "s", "gamma": "p", "uniform-l1": "<", "random-allocation": "v", "taylor-offsets": "h"}

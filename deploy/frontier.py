@@ -29,7 +29,7 @@ __all__ = [
 Record = dict[str, Any]
 
 # The arms of a campaign, in the order every table and picture shows them; "search" is the Controller's.
-GROUPS = ("search", "taylor", "balanced", "gamma", "random", "cem", "untrained")
+GROUPS = ("search", "taylor", "balanced", "balanced-l1", "gamma", "random", "cem", "untrained")
 
 # A group must be this many standard deviations of one episode ahead to be called better. Simulated: the bests
 # of twice n repetitions of one policy lie further apart in 1.6 % of cases at n = 20, 4 % at 10, 10 % at 5

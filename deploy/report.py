@@ -26,7 +26,9 @@ Record = dict[str, Any]
 _NAMES = {
     "search": "the Controller's search",
     "taylor": "Taylor",
-    "balanced": "Taylor per parameter",
+    "balanced": "Taylor, layers balanced",
+    "balanced-l1": "L1, layers balanced",
+    "gamma": "batch-norm gamma",
     "random": "random search",
     "cem": "evolution (CEM)",
     "untrained": "the untrained Controller",

@@ -70,6 +70,8 @@ def controller(kind: str = "features") -> Controller:
         # 1/6, 1/2, 1 by losing them; layer two, 5, 6, 7, the harm 1/6, 1/2, 1. Parameters for the harm are 552, 276,
         # 92, 46 and 246, 82, 41.
         ("balanced", [1, 4, 5, 3, 6, 0, 7]),
+        # the same alternation of layers; L1 within them: layer one 3, 4, 0, 1, layer two 7, 5, 6
+        ("balanced-l1", [3, 4, 7, 0, 5, 1, 6]),
         # shares gone with it: layer one, of which 1 of 5 is dead, 1/5, 2/5, 3/5, 4/5; layer two 0, 1/3, 2/3
         ("uniform-l1", [7, 3, 5, 4, 0, 6, 1]),
         # the same shares, by importance: layer one 0, 4, 3, 1, layer two 6, 7, 5
