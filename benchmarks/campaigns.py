@@ -120,6 +120,12 @@ def ended_as_a_command() -> Iterator[None]:
         sys.exit(f"zeroout: {error}")
 
 
+def require_all(failed: Sequence[str]) -> None:
+    """Exit with 1 and a line where campaigns have failed, whose messages and logs were named before."""
+    if failed:
+        sys.exit(f"nothing came of {'; '.join(failed)}: the lines above name the logs; the same command tries again")
+
+
 def beside(out: Path, suffix: str) -> Path:
     """A file of a campaign's own beside its folder, whose name has dots in it."""
     return out.with_name(out.name + suffix)

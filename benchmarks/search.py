@@ -25,6 +25,7 @@ from benchmarks.campaigns import (
     ended_as_a_command,
     fingerprint,
     images_of,
+    require_all,
     run,
 )
 from benchmarks.ledger import Ledger, Row
@@ -404,7 +405,7 @@ def compare(given: argparse.Namespace) -> None:
         given.network, given.width, given.targets, given.data = "small", 1.0, [0.9], "digits"
         given.seeds, given.episodes, given.results = [0, 1], 12, given.work / "quick"
     command = " ".join(["python -m benchmarks.search", *sys.argv[1:]])
-    chosen = list(cells(given))
+    chosen, failed = list(cells(given)), list[str]()
     for cell, method in itertools.product(chosen, METHODS):
         begun_with(cell.config(0, method, None))  # a wrong value is said before a baseline is trained
     for cell in chosen:
@@ -420,9 +421,13 @@ def compare(given: argparse.Namespace) -> None:
                 print(write_curve(f"{there.name}{came_from}", played, given.results, command))
             continue
         bench.run(given.seeds, given.methods, given.jobs)
-        rows = [row for s in given.seeds for m in given.methods if (row := bench.row(s, m)) is not None]
+        found = {(s, m): bench.row(s, m) for s in given.seeds for m in given.methods}
+        rows = [row for row in found.values() if row is not None]
         if rows:
             print(write_page(cell.name, rows, given.results, command))
+        if time.time() < bench.deadline_s:
+            failed += [f"{cell.name}, {m}, seed {s}" for (s, m), row in found.items() if row is None]
+    require_all(failed)
 
 
 if __name__ == "__main__":

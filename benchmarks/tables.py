@@ -26,6 +26,7 @@ from benchmarks.campaigns import (
     digest,
     fingerprint,
     images_of,
+    require_all,
     run,
     seconds_of,
 )
@@ -405,11 +406,15 @@ def main() -> None:
         protocol=given.toml, network=given.network, width=given.width, data=given.data, targets=given.targets,
         ledger=ledger, work=given.work, deadline_s=time.time() + 60.0 * given.minutes, extra=tuple(given.set),
     )  # fmt: skip
+    failed: list[str] = []
     if not given.page:
         bench.run(given.seeds, given.arms, given.jobs)
+        if time.time() < bench.deadline_s:
+            failed = [f"{arm}, seed {seed}" for seed in given.seeds for arm in given.arms if bench.missing(seed, arm)]
     if ledger.rows:
         words = {name: arm.about for name, arm in ARMS.items()}
         print(write_page(ledger.rows, words, given.results, " ".join(["python -m benchmarks.tables", *sys.argv[1:]])))
+    require_all(failed)
 
 
 if __name__ == "__main__":

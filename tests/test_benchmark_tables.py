@@ -47,3 +47,18 @@ def test_the_whole_command_on_digits(tmp_path: Path) -> None:
     assert rows_in(tmp_path) == rows
     assert "seed 0: test" in first
     assert "seed 0: test" not in again
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["benchmarks.tables", "benchmarks.search"])
+def test_a_campaign_that_fails_is_named_and_makes_the_command_fail(tmp_path: Path, module: str) -> None:
+    chosen = ["--arms", "taylor"] if module == "benchmarks.tables" else ["--methods", "taylor"]
+    wrong = ["--set", "recovery.batch_size=100000"]  # more than there are images, which only the campaign notices
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--quick", "--work", str(tmp_path), *chosen, *wrong],
+        cwd=ROOT, env={**os.environ, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "nothing came of" in done.stderr
+    assert "taylor, seed 0" in done.stderr
+    assert "Traceback" not in done.stderr
