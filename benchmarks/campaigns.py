@@ -31,6 +31,8 @@ from env.errors import ZerooutError
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".search"
 _INTERRUPTED = 130
+#: Defaults that have changed since there are rows: fingerprints go on with what they were.
+_FORMER = {"recovery.distillation": 0.0}
 _TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 
 
@@ -67,7 +69,7 @@ def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -
         seed=config.seed, network=replace(config.network, weights=""), data=config.data, baseline=config.baseline
     )
     name = f"{config.network.name}-{config.network.width:g}-{config.seed}"
-    out = work / f"baseline-{name}-{fingerprint(only)}"
+    out = work / f"baseline-{name}-{fingerprint(only, without=('recovery',))}"
     weights = out / "baseline" / "model.safetensors"
     if not weights.is_file() and time.time() < deadline_s:
         run(["benchmarks.campaigns", "--baseline"], only, out, f"baseline of {name}", deadline_s)
@@ -147,7 +149,7 @@ def fingerprint(
     Nor does it matter where things lie and where it runs: the paths of images and weights, and the cluster. A key that
     a later version adds changes nothing until it is used. `beyond` is what the configuration does not say.
     """
-    values, defaults = _flat(asdict(_wherever(config))), _flat(asdict(CampaignConfig()))
+    values, defaults = _flat(asdict(_wherever(config))), _flat(asdict(CampaignConfig())) | _FORMER
     ignored = {"cluster", *without}
     chosen = {
         key: value for key, value in values.items() if value != defaults[key] and key.partition(".")[0] not in ignored

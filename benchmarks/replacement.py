@@ -82,6 +82,7 @@ waypoints = 2
 recovery_minibatches = 20
 [recovery]
 epochs = 6
+distillation = 0.0
 learning_rate = 0.05
 """
 QUICK = """
@@ -103,6 +104,7 @@ recovery_minibatches = 4
 rank_images = 100
 [recovery]
 epochs = 2
+distillation = 0.0
 """
 
 

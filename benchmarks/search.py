@@ -160,6 +160,7 @@ score_images = 128
 [recovery]
 epochs = 15
 learning_rate = 0.05
+distillation = 0.0
 {LEARNING}
 [cluster]
 dashboard = false
@@ -179,6 +180,7 @@ step_minibatches = 2
 recovery_minibatches = 10
 [recovery]
 epochs = 2
+distillation = 0.0
 [cluster]
 dashboard = false
 """

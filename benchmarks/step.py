@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from env.augment import normalise
+from env.captured import captured
 from env.channels import ChannelPlan
 from env.cpu_layers import keep_freed_memory
 from env.data import DataConfig, Dataset
@@ -196,34 +198,22 @@ def naive_way(bench: Bench, network: nn.Module) -> Way:
 
 
 def graph_way(bench: Bench, network: nn.Module) -> Way:
-    """Our update captured once as a CUDA graph and replayed; capturing is paid when the way is made."""
+    """Our update recorded as a CUDA graph, which is done and paid for in the round that is thrown away."""
     data = bench.data
     network.train()
     optimizer = make_optimizer(network, RATE, momentum=MOMENTUM, weight_decay=DECAY)
-    images = torch.zeros(BATCH, *data.image_shape, device=bench.device)
-    labels = torch.zeros(BATCH, dtype=torch.int64, device=bench.device)
 
-    def once() -> None:
-        update(network, optimizer, images, lambda logits: F.cross_entropy(logits, labels), precision=bench.precision)
+    def once(images: Tensor, labels: Tensor) -> Tensor:
+        return update(network, optimizer, images, partial(F.cross_entropy, target=labels), precision=bench.precision)
 
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        once()
+    play = captured(once, network)
 
     def train(seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         with seeded(bench.device, seed):
             for chosen in choices(len(data.train), BATCH, bench.minibatches, generator, bench.device):
                 batch = data.train.take(chosen)
-                images.copy_(augmented(batch, data, AUGMENT, generator))
-                labels.copy_(batch.labels)
-                graph.replay()
+                play(augmented(batch, data, AUGMENT, generator), batch.labels)
 
     return Way(train, our_way(bench, network).judge)
 

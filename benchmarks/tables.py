@@ -139,6 +139,7 @@ epochs = 50
 batch_size = 512
 learning_rate = 0.15
 precision = "bfloat16"
+distillation = 0.0
 {LEARNING}
 [search]
 episodes = 12
@@ -170,6 +171,7 @@ rank_images = 160
 [recovery]
 epochs = 3
 learning_rate = 0.05
+distillation = 0.0
 {LEARNING}
 [search]
 episodes = 4
@@ -192,6 +194,7 @@ recovery_minibatches = 4
 rank_images = 100
 [recovery]
 epochs = 2
+distillation = 0.0
 {LEARNING}
 [search]
 episodes = 4

@@ -79,6 +79,7 @@ batch_size = 64
 learning_rate = 0.1
 [recovery]
 epochs = 1
+distillation = 0.0
 """,
     # few validation images: they are looked at after every epoch, of which small data have many, and decide nothing
     target="""
@@ -99,6 +100,7 @@ score_images = 250
 step_images = 250
 [recovery]
 learning_rate = 0.02
+distillation = 0.0
 """,
     batch_size=25,
     updates=300,
@@ -114,6 +116,7 @@ batch_size = 64
 [recovery]
 epochs = 1
 batch_size = 64
+distillation = 0.0
 """,
     target="""
 [data]
@@ -126,6 +129,7 @@ step_minibatches = 2
 recovery_minibatches = 1
 [recovery]
 learning_rate = 0.02
+distillation = 0.0
 """,
     batch_size=25,
     updates=40,

@@ -21,7 +21,7 @@ from env.data import DataConfig
 from env.errors import UserError
 from env.networks import NetworkConfig
 from env.replacement import ReplacementConfig
-from env.training import TrainConfig
+from env.training import RecoveryConfig, TrainConfig
 from env.transfer import TransferConfig
 from learner.learner import LearnerConfig
 from learner.replay.replay import ReplayConfig
@@ -87,7 +87,7 @@ class CampaignConfig:
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
-    recovery: TrainConfig = field(default_factory=TrainConfig)  # of the chosen networks, at the end
+    recovery: RecoveryConfig = field(default_factory=RecoveryConfig)  # of the chosen networks, at the end
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:

@@ -24,12 +24,16 @@ def captured(update: Callable[[Tensor, Tensor], Tensor], network: nn.Module) -> 
     """The same `update` of (images, labels), recorded if its `network` is on a GPU and can be.
 
     All calls take tensors of one shape. What it returns is overwritten by the next call. Anything that changes from
-    call to call must be in a tensor on the GPU (see `set_rate`); so a network with modules of the user's own, whose
-    Python may decide anew each time, is not recorded.
+    call to call must be in a tensor on the GPU (see `set_rate`); so a network with modules or hooks of the user's own,
+    whose Python may decide anew each time, is not recorded.
     """
-    known = (type(module).__module__.startswith(("torch.nn.", "env.")) for module in network.modules())
     on_gpu = any(parameter.is_cuda for parameter in network.parameters())
-    return _Captured(update) if on_gpu and all(known) else update
+    return _Captured(update) if on_gpu and all(map(_is_known, network.modules())) else update
+
+
+def _is_known(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module).__module__.startswith(("torch.nn.", "env.")) and not any(hooks)
 
 
 class _Captured:

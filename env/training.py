@@ -35,7 +35,7 @@ from env.retraining import (
 from env.training_checkpoint import Checkpoint
 from env.training_reports import BatchReport, EpochReport, Means, Reporter
 
-__all__ = ["TrainConfig", "distillation_loss", "train"]
+__all__ = ["RecoveryConfig", "TrainConfig", "distillation_loss", "train"]
 
 _FINITE_PERIOD = 50  # minibatches between two looks at the loss: each look makes a GPU wait
 
@@ -58,6 +58,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_fields("train", self, _RULES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryConfig(TrainConfig):
+    """The training of a chosen network at the end. The network that it was made from is its teacher."""
+
+    distillation: float = 0.5  # half of the loss compares with the teacher's outputs (trial 40 of the search log)
 
 
 _RULES: Mapping[str, tuple[Callable[..., bool], str]] = {

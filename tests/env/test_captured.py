@@ -76,6 +76,14 @@ def test_a_module_of_the_users_own_is_not_recorded() -> None:
 
 
 @gpu
+def test_a_hook_of_the_users_own_is_not_left_out() -> None:
+    model = network().cuda()
+    model.register_forward_hook(lambda module, inputs, output: output)
+    _, once = trained(model)
+    assert captured(once, model) is once
+
+
+@gpu
 def test_recorded_updates_and_rates_are_those_of_the_same_without_recording() -> None:
     plain = network().cuda().train()
     recorded = copy.deepcopy(plain)

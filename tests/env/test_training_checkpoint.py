@@ -123,6 +123,24 @@ def test_a_process_killed_within_an_epoch_is_resumed_from_the_one_before(tmp_pat
     assert same(resumed, whole)
 
 
+def test_a_large_file_is_not_written_after_every_short_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "training.pt"
+    monkeypatch.setattr("env.training_checkpoint._LARGE_BYTES", 0)
+    with pytest.raises(KilledError):
+        train(network(), FEW, AUGMENTED, TINY, seed=7, checkpoint=path, on_epoch=kill_after(2))
+    assert torch.load(path, weights_only=True)["epoch"] == 1
+    whole, resumed = network(), network(99)
+    expected = train(whole, FEW, AUGMENTED, TINY, seed=7)
+    assert train(resumed, FEW, AUGMENTED, TINY, seed=7, checkpoint=path) == expected
+    assert same(resumed, whole)
+    assert torch.load(path, weights_only=True)["epoch"] == 3  # the last is kept in any case
+    monkeypatch.setattr("env.training_checkpoint._REST_S", 0.0)
+    path.unlink()
+    with pytest.raises(KilledError):
+        train(network(), FEW, AUGMENTED, TINY, seed=7, checkpoint=path, on_epoch=kill_after(2))
+    assert torch.load(path, weights_only=True)["epoch"] == 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "flipped bit", "empty", "another file"])
 def test_a_broken_checkpoint_starts_again_and_says_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
