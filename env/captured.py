@@ -25,10 +25,10 @@ def captured(update: Callable[[Tensor, Tensor], Tensor], network: nn.Module) -> 
 
     All calls take tensors of one shape. What it returns is overwritten by the next call. Anything that changes from
     call to call must be in a tensor on the GPU (see `set_rate`); so a network with modules or hooks of the user's own,
-    whose Python may decide anew each time, is not recorded.
+    whose Python may decide anew each time, is recorded only if it says `static = True` of itself.
     """
-    on_gpu = any(parameter.is_cuda for parameter in network.parameters())
-    return _Captured(update) if on_gpu and all(map(_is_known, network.modules())) else update
+    static = getattr(network, "static", False) is True or all(map(_is_known, network.modules()))
+    return _Captured(update) if static and any(p.is_cuda for p in network.parameters()) else update
 
 
 def _is_known(module: nn.Module) -> bool:

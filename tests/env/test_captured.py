@@ -73,6 +73,8 @@ def test_a_module_of_the_users_own_is_not_recorded() -> None:
     model = nn.Sequential(network(), Moody()).cuda()
     _, once = trained(model)
     assert captured(once, model) is once
+    model.static = True
+    assert captured(once, model) is not once
 
 
 @gpu
