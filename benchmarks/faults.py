@@ -88,6 +88,7 @@ hidden_size = 16
 [recovery]
 epochs = 1
 batch_size = 64
+distillation = 0.0
 [cluster]
 gpus_per_actor = 1.0
 lease_s = 60

@@ -173,9 +173,9 @@ def _members(records: Iterable[Record], group: str) -> list[Record]:
 
 
 def _noise(scores: dict[str, list[float]], rival: str) -> float | None:
-    # Taylor and balanced repeat one and the same policy, so their spread is noise and nothing else; the others'
-    # holds their exploration too, which can only make the verdict more careful.
-    for group in ("taylor", "balanced", rival, "search"):
+    # These rules repeat one and the same policy, so their spread is noise and nothing else; the others' holds their
+    # exploration too, which can only make the verdict more careful.
+    for group in ("taylor", "balanced", "balanced-l1", "gamma", rival, "search"):
         values = [value for value in scores.get(group, []) if math.isfinite(value)]
         if len(values) >= _EPISODES_FOR_SD and (spread := statistics.stdev(values)) > 0:
             return spread

@@ -98,7 +98,7 @@ def _probe(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any])
 def _rule(recovery: Recovery) -> str:
     """Who prunes further: the campaign's own rule, or the Controller's prior."""
     search = recovery.config.search
-    return search.method if search.method in ("taylor", "gamma", "uniform-l1") else "balanced"
+    return search.method if search.method in ("taylor", "gamma", "uniform-l1", "balanced-l1") else "balanced"
 
 
 def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float) -> nn.Module | None:

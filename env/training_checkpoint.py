@@ -53,14 +53,18 @@ class Checkpoint:
         data_config: DataConfig,
         config: Any,
         *,
+        defaults: Any,
         seed: int,
         section: str,
     ) -> None:
-        """Take what `env.training.train` was given; `config` is its TrainConfig, `section` the name in messages."""
+        """Take what `env.training.train` was given; `config` is its TrainConfig, `section` the name in messages.
+
+        `defaults` is what fields stood at that are younger than the file.
+        """
         shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
         self._path, self._section = path, section
         self._bytes, self._saved_s = 0, 0.0
-        self._defaults = _fields(type(config)())
+        self._defaults = _fields(defaults)
         self._identity = {
             **_fields(config),
             "data.flip": json.dumps(data_config.flip),

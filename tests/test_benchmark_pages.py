@@ -182,6 +182,13 @@ def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
     assert not ours.missing(3, "controller")
 
 
+def test_fingerprints_stay_as_they_were_though_a_default_has_changed() -> None:
+    # as of the commit before recovery.distillation became 0.5
+    known = {"recovery.distillation=0.0": "44136fa355b3", "recovery.distillation=0.5": "d5050790e411"}
+    for override, mark in known.items():
+        assert fingerprint(parse("", [override])) == mark
+
+
 def moved(arm: str, seed: int, test: float, compressed: float, images: int = 10) -> dict[str, Any]:
     """A row of benchmarks.transfer."""
     return {

@@ -18,6 +18,8 @@ def test_every_campaign_that_ships_is_valid_and_survives_a_round_trip(path: Path
 
 def test_nothing_given_is_the_defaults() -> None:
     assert parse("") == CampaignConfig()
+    assert (parse("").recovery.distillation, parse("").baseline.distillation) == (0.5, 0.0)
+    assert parse("[recovery]\nepochs = 3").recovery.distillation == 0.5
 
 
 def test_overrides_are_toml_values_or_plain_strings() -> None:

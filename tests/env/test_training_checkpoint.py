@@ -20,7 +20,7 @@ from torch import nn
 from env.errors import UserError
 from env.networks import small
 from env.retraining import Metrics
-from env.training import TrainConfig, train
+from env.training import RecoveryConfig, TrainConfig, train
 from env.training_reports import EpochReport
 
 
@@ -220,18 +220,19 @@ def test_a_changed_rate_does_not_hide_what_is_refused(tmp_path: Path, caplog: py
     assert not caplog.records
 
 
-def test_a_checkpoint_older_than_a_setting_is_taken_where_that_is_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [TINY, RecoveryConfig(**dataclasses.asdict(TINY))])  # the second's default is on
+def test_a_checkpoint_older_than_a_setting_is_taken_where_that_is_off(tmp_path: Path, config: TrainConfig) -> None:
     path = tmp_path / "training.pt"
     whole, resumed = network(), network()
-    train(whole, FEW, AUGMENTED, TINY, seed=7)
+    train(whole, FEW, AUGMENTED, config, seed=7)
     with pytest.raises(KilledError):
-        train(resumed, FEW, AUGMENTED, TINY, seed=7, checkpoint=path, on_epoch=kill_after(1))
+        train(resumed, FEW, AUGMENTED, config, seed=7, checkpoint=path, on_epoch=kill_after(1))
     state = torch.load(path, weights_only=True)
     for younger in ("distillation", "temperature", "average"):
         del state["identity"][f"train.{younger}"]
     del state["average"]
     torch.save(state, path)
-    train(resumed, FEW, AUGMENTED, TINY, seed=7, checkpoint=path)
+    train(resumed, FEW, AUGMENTED, config, seed=7, checkpoint=path)
     assert same(resumed, whole)
 
 
