@@ -31,9 +31,9 @@ def test_every_colour_of_the_theme_is_exact_in_a_picture_of_a_palette(form: Form
 
 def test_what_has_no_colour_of_its_own_has_its_neighbours_only_after_all_are_used() -> None:
     theme = Form().theme
-    colours = [theme.nth(index) for index in range(8)]
-    assert len(set(colours[:7])) == 7
-    assert colours[7] == colours[0]
+    colours = [theme.nth(index) for index in range(9)]
+    assert len(set(colours[:8])) == 8
+    assert colours[8] == colours[0]
     assert theme.colour("a group of others") == theme.other
 
 
