@@ -46,7 +46,7 @@ PEERS = ("torch-pruning", "uniform")
 #: Those that learn, by whether they begin with what `--teach` has learned; and the same two with the learner off.
 LEARNERS = {"controller": True, "fresh": False}
 AGENTS = {"frozen": True, "untrained": False, **LEARNERS}
-#: A rule under a name of its own here: its score, and how much of each layer goes.
+#: A rule by its score and by how much of each layer goes, as it was before it had a name, which its rows go by.
 RULES = {"balanced-l1": ("uniform-l1", "balanced")}
 METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEERS)
 

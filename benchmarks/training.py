@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.campaigns import commit
+from benchmarks.ledger import Row
 from benchmarks.step import cpu_name, random_mask
 from deploy.folder import versions, write_atomic
 from env.augment import augment
@@ -176,7 +177,7 @@ def rounded(plan: ChannelPlan, keep_mask: Tensor) -> Tensor:
 
 def measured(
     bench: Bench, name: str, width: float, ways: Sequence[str], compression: float, most: float
-) -> Iterator[dict[str, object]]:
+) -> Iterator[Row]:
     """A row for each shape of a network."""
     torch.manual_seed(0)
     network = NETWORKS[name](width=width).to(bench.device)
@@ -195,7 +196,7 @@ def measured(
             yield row
 
 
-def page(facts: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
+def page(facts: Row, rows: Sequence[Row]) -> str:
     """The table, in Markdown."""
     lines = [
         "# Images a second of a whole training",
@@ -203,7 +204,7 @@ def page(facts: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
         f"`{facts['command']}` (`--help` says what the ways and shapes are)",
         "",
         f"{facts['machine']}, torch {facts['torch']}, {facts['precision']}, batch {facts['batch']}; a matrix product "
-        f"of the same run: {float(str(facts['peak'])) / 1e12:.3g} TFLOP/s. Medians of {facts['epochs']} epochs, the "
+        f"of the same run: {facts['peak'] / 1e12:.3g} TFLOP/s. Medians of {facts['epochs']} epochs, the "
         "judgement of 2,500 images included.",
         "",
         "| network | shape | million MACs | way | images/s | of the peak | times eager |",
@@ -211,10 +212,10 @@ def page(facts: dict[str, object], rows: Sequence[dict[str, object]]) -> str:
     ]
     for row in rows:
         beside = [r for r in rows if (r["network"], r["shape"], r["way"]) == (row["network"], row["shape"], "eager")]
-        ratio = f"{float(str(beside[0]['epoch_s'])) / float(str(row['epoch_s'])):.2f}" if beside else "-"
+        ratio = f"{beside[0]['epoch_s'] / row['epoch_s']:.2f}" if beside else "-"
         lines.append(
-            f"| {row['network']} | {row['shape']} | {int(str(row['macs'])) / 1e6:.1f} | {row['way']} "
-            f"| {row['images_per_s']:,} | {float(str(row['of_peak'])):.1%} | {ratio} |"
+            f"| {row['network']} | {row['shape']} | {row['macs'] / 1e6:.1f} | {row['way']} "
+            f"| {row['images_per_s']:,} | {row['of_peak']:.1%} | {ratio} |"
         )
     return "\n".join([*lines, ""])
 

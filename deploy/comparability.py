@@ -80,7 +80,7 @@ def _budget(campaign: Campaign) -> Facts:
             settings["replacement_training.epochs"] if settings["replacement.how"] else 0
         ),
         "recovery epochs": _shown(settings["recovery.epochs"]),
-        "distilled share of the recovery": _shown(settings.get("recovery.distillation", 0.0)),
+        "distilled share of the recovery": _shown(settings["recovery.distillation"]),
     }
 
 

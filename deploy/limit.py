@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from agents.ladder import Ladder
-from agents.policies import heuristic
+from agents.policies import SCORING, heuristic, importance_of
 from deploy.folder import write_json
 from deploy.recover import LIMIT, Recovery
 from env.compact_file import network_from_file
@@ -96,9 +96,9 @@ def _probe(recovery: Recovery, low: dict[str, Any] | None, high: dict[str, Any])
 
 
 def _rule(recovery: Recovery) -> str:
-    """Who prunes further: the campaign's own rule, or the Controller's prior."""
-    search = recovery.config.search
-    return search.method if search.method in ("taylor", "gamma", "uniform-l1", "balanced-l1") else "balanced"
+    """Who prunes further: the campaign's own rule, where it scores by the features alone, or the Controller's prior."""
+    method = recovery.config.search.method
+    return method if method in SCORING and not importance_of(method) else "balanced"
 
 
 def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float) -> nn.Module | None:

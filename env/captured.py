@@ -15,6 +15,7 @@ from env.errors import UserError, first_line
 __all__ = ["WORTH", "captured", "is_static"]
 
 _Update = Callable[[Tensor, Tensor], Tensor]
+_Recording = tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor]  # what it reads from, and writes to
 #: From so many updates on, recording (some tenths of a second) is cheaper than asking for the kernels each time.
 WORTH = 64
 _WARM = 3  # updates before it: momentum, cuDNN's choices and its handles come to be outside the recording
@@ -62,7 +63,7 @@ class _Captured:
     def __init__(self, update: _Update, device: torch.device) -> None:
         self._update, self._stream = update, _stream(device)
         self._calls = 0
-        self._recorded: tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor] | None = None
+        self._recorded: _Recording | None = None
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         self._calls += 1
@@ -84,7 +85,7 @@ class _Captured:
         torch.cuda.current_stream().wait_stream(self._stream)
         return output
 
-    def _record(self, images: Tensor, labels: Tensor) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, Tensor], Tensor]:
+    def _record(self, images: Tensor, labels: Tensor) -> _Recording:
         """Write down what an update does, without doing it."""
         inputs, graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
         try:
