@@ -119,6 +119,9 @@ shift_pixels = 4
 epochs = 100
 batch_size = 256
 learning_rate = 0.2
+norm_weight_decay = 5e-4
+schedule = "cosine"
+warmup_share = 0.1
 precision = "bfloat16"
 [replacement]
 share = 0.2
@@ -138,6 +141,8 @@ precision = "bfloat16"
 epochs = 50
 batch_size = 512
 learning_rate = 0.15
+norm_weight_decay = 5e-4
+schedule = "cosine"
 precision = "bfloat16"
 distillation = 0.0
 {LEARNING}

@@ -185,13 +185,13 @@ def choices(
 
 
 def make_optimizer(
-    network: nn.Module, learning_rate: float, *, momentum: float, weight_decay: float
+    network: nn.Module, learning_rate: float, *, momentum: float, weight_decay: float, norm_weight_decay: float = 0.0
 ) -> torch.optim.SGD:
-    """SGD (Nesterov's, where there is momentum), its weight decay on convolution and linear weights only."""
+    """SGD (Nesterov's, where there is momentum); `weight_decay` is that of convolution and linear weights."""
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},  # batch-norm and biases
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": norm_weight_decay},  # and biases
     ]
     # fused: one call for all tensors; of a narrow network's step the loop over them takes 2 to 3 %
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)

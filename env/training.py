@@ -48,9 +48,11 @@ class TrainConfig:
     batch_size: int = 128
     learning_rate: float = 0.1  # the highest of the schedule
     momentum: float = 0.9  # Nesterov's where above 0
-    weight_decay: float = 5e-4  # of convolution and linear weights; none on batch-norm and biases
+    weight_decay: float = 5e-4  # of convolution and linear weights
+    norm_weight_decay: float = 0.0  # of batch-norm and biases
     label_smoothing: float = 0.0
-    warmup_share: float = 0.2  # of all minibatches: the rate rises from 0, then falls linearly to 0
+    warmup_share: float = 0.2  # of all minibatches: the rate rises from 0, then falls to 0
+    schedule: str = "linear"  # how it falls, or "cosine" (Loshchilov and Hutter 2017)
     precision: str = "float32"  # or "bfloat16" (autocast): faster on GPUs, and on CPUs with AMX only
     distillation: float = 0.0  # share of the loss that compares with the teacher's outputs; 0 = no teacher
     temperature: float = 4.0  # divides the logits of both in that share: higher shows more of the unlikely classes
@@ -73,8 +75,10 @@ _RULES: Mapping[str, tuple[Callable[..., bool], str]] = {
     "learning_rate": (lambda rate: 0 < rate <= 10, "a number above 0 and at most 10"),
     "momentum": (lambda momentum: 0 <= momentum < 1, "a number of at least 0 and below 1"),
     "weight_decay": (lambda decay: 0 <= decay <= 1, "a number of at least 0 and at most 1"),
+    "norm_weight_decay": (lambda decay: 0 <= decay <= 1, "a number of at least 0 and at most 1"),
     "label_smoothing": (lambda share: 0 <= share < 1, "a share of at least 0 and below 1"),
     "warmup_share": (lambda share: 0 <= share < 1, "a share of at least 0 and below 1"),
+    "schedule": (lambda schedule: schedule in ("linear", "cosine"), "linear or cosine"),
     "precision": (lambda precision: precision in ("float32", "bfloat16"), "float32 or bfloat16"),
     "distillation": (lambda share: 0 <= share <= 1, "a share of at least 0 and at most 1"),
     "temperature": (lambda temperature: 0 < temperature <= 100, "a number above 0 and at most 100"),
@@ -102,7 +106,7 @@ def train(
     averaged weights that are validated and that end in `network`. With `checkpoint`, a file, every epoch is kept (of a
     large network one in ten seconds), and a call with the same arguments goes on where the last one ended: on a CPU in
     float32 with the same number of threads, bit for bit as if it had not been interrupted. It may also go on with
-    another learning rate, warm-up or precision, which is logged. A broken checkpoint is logged and training starts
+    another learning rate, schedule or precision, which is logged. A broken checkpoint is logged and training starts
     again. `on_batch` is called at most once a second. Messages call the configuration `section`.
 
     Raises:
@@ -177,7 +181,11 @@ class _Run:
         self.section = section
         self.minibatches = len(dataset.train) // config.batch_size  # in an epoch
         self.optimizer = make_optimizer(
-            network, config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+            network,
+            config.learning_rate,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+            norm_weight_decay=config.norm_weight_decay,
         )
         self.average = averaged(network, config.average) if config.average else None
         self.generator = torch.Generator().manual_seed(seed)
@@ -276,7 +284,10 @@ def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteErr
 
 
 def _scheduled(config: TrainConfig, progress: float) -> float:
-    """The triangle: from 0 up to the configured rate at `warmup_share` of the way (0 to 1), down to 0."""
+    """Up from 0 to the configured rate at `warmup_share` of the way (0 to 1), then down to 0 as `schedule` says."""
     if progress < config.warmup_share:
         return config.learning_rate * progress / config.warmup_share
-    return config.learning_rate * (1 - progress) / (1 - config.warmup_share)
+    left = (1 - progress) / (1 - config.warmup_share)  # 1 to 0
+    if config.schedule == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return config.learning_rate * left

@@ -1,6 +1,7 @@
 """The checkpoint of a whole training: one file, replaced after an epoch, from which only the same training goes on.
 
-Its learning rate, warm-up and precision may be changed on the way, for a training whose loss became NaN or infinite.
+Its learning rate and the schedule of it, and the precision, may be changed on the way, for a training whose loss became
+NaN or infinite.
 
 Called by `env/training.py`.
 """
@@ -27,7 +28,7 @@ __all__ = ["Checkpoint", "Resumable"]
 
 _LOG = logging.getLogger(__name__)
 #: Settings that a training may go on with changed: what is tried after a loss that is not finite.
-_FREE = ("train.learning_rate", "train.warmup_share", "train.precision")
+_FREE = ("train.learning_rate", "train.warmup_share", "train.schedule", "train.precision")
 #: A file larger than this is not written more often: a GPU's epoch of a large network is soon over.
 _LARGE_BYTES, _REST_S = 32 * 2**20, 10.0
 

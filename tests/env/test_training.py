@@ -87,6 +87,30 @@ def test_distillation_pulls_the_outputs_towards_the_teachers() -> None:
     assert distances[1] < distances[0] / 2
 
 
+@pytest.mark.parametrize(
+    ("schedule", "shares"),
+    [("linear", [0.5, 1.0, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1.0, 0.853553, 0.5, 0.146447])],
+)
+def test_the_rate_rises_to_its_height_and_falls_as_the_schedule_says(schedule: str, shares: list[float]) -> None:
+    reports: list[EpochReport] = []
+    config = TrainConfig(
+        epochs=5, batch_size=len(FEW.train), learning_rate=0.01, warmup_share=1 / 3, schedule=schedule
+    )  # an update an epoch, after each sixth of the way
+    train(network(), FEW, AUGMENTED, config, seed=7, on_epoch=reports.append)
+    assert [report.learning_rate for report in reports] == pytest.approx([0.01 * share for share in shares], rel=1e-5)
+
+
+def test_batch_norm_and_biases_decay_by_their_own_weight_decay() -> None:
+    free, decayed = network(), network()
+    before = {name: value.clone() for name, value in free.named_parameters()}
+    config = TrainConfig(epochs=1, batch_size=len(FEW.train), learning_rate=0.1, warmup_share=0.0, momentum=0.0)
+    train(free, FEW, AUGMENTED, config, seed=7)
+    train(decayed, FEW, AUGMENTED, dataclasses.replace(config, norm_weight_decay=0.5), seed=7)
+    for (name, without), parameter in zip(free.named_parameters(), decayed.parameters(), strict=True):
+        pulled = 0.05 * 0.5 * before[name] if without.ndim == 1 else 0.0  # the only update has half of the rate
+        torch.testing.assert_close(parameter, without - pulled)
+
+
 def test_distillation_without_a_teacher_is_refused() -> None:
     with pytest.raises(ValueError, match="needs a teacher"):
         train(network(), FEW, AUGMENTED, ALL_ON, seed=7)
@@ -154,8 +178,11 @@ def test_a_split_smaller_than_a_batch_is_refused() -> None:
         ("momentum", float("nan")),
         ("weight_decay", -1e-9),
         ("weight_decay", 1.5),
+        ("norm_weight_decay", -1e-9),
+        ("norm_weight_decay", 1.5),
         ("label_smoothing", 1.0),
         ("warmup_share", -0.1),
+        ("schedule", "step"),
         ("precision", "float16"),
         ("distillation", 1.1),
         ("distillation", True),
