@@ -304,7 +304,7 @@ class Bench:
         found = self.folder(seed, first, other)
         if out.exists():
             return True
-        if not (found / "result.json").is_file():
+        if not CampaignFolder(found).recovered.is_dir():  # made when the search has ended
             print(f"{arm}, seed {seed}: needs the search of {first}, which is not there yet", flush=True)
             return False
         begun = beside(out, ".copy")
