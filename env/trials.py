@@ -6,6 +6,7 @@ env/channels.py.
 """
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,7 @@ def find_broken(plan: "ChannelPlan", model: nn.Module, example: Tensor) -> dict[
 def _trial(model: nn.Module, example: Tensor, number: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     """The network with other weights, and random images [2, C, H, W]; `number` decides both, and what is drawn next."""
     torch.manual_seed(number)
-    perturbed = _perturbed(model).to(dtype)
+    perturbed = _perturbed(model).to(dtype)  # double, so that little differences are not taken for rounding
     return perturbed, torch.randn(2, *example.shape[1:], device=example.device, dtype=torch.float64).to(dtype)
 
 
@@ -93,17 +94,16 @@ def _disagreement(
         for layer in (plan.layers[index] for index in layers):
             going = torch.randperm(layer.units)[: int(torch.randint(1, max(layer.units, 2), ()))]
             keep_mask[layer.first + going[: layer.units - 1]] = False
-        masked = copy.deepcopy(model)
-        attach_zero_out(masked, plan, keep_mask)
         try:
-            silenced = masked(images)
             compact = plan.compact(model, keep_mask)
+            attach_zero_out(model, plan, keep_mask)  # masked from here on
+            silenced = model(images)
             answer = compact(images)
         except Exception as error:  # whatever a forward raises that counts on its channels
             return f"the network does not run without some of its channels ({first_line(error)})"
         if answer.shape != silenced.shape or not _alike(answer, silenced, full):
             return "taking its channels out is not the same as silencing them: something past it mixes them otherwise"
-        reason = _untrainable(compact, masked, images)
+        reason = _untrainable(compact, model, images)
         if reason is not None:
             return reason
     return None
@@ -139,11 +139,12 @@ def _rounding(logits: Tensor) -> Tensor:
 
 def _perturbed(model: nn.Module) -> nn.Module:
     """A copy in which nothing is exactly 0 or 1, so that no shift or scale of a fresh network hides a mistake."""
-    model = copy.deepcopy(model).double()  # so that little differences are not taken for rounding
+    model = copy.deepcopy(model)
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.numel():
             tensor.mul_(torch.rand_like(tensor) + 0.5)
             if not name.endswith("running_var"):  # which stays positive
-                scale = tensor.square().mean().sqrt()
-                tensor.add_(torch.randn_like(tensor), alpha=0.1 * float(scale or 1.0))
+                scale = float(tensor.square().mean().sqrt() or 1.0)
+                # uniform of a tenth of that: drawn in a sixth of the time of normal numbers
+                tensor.add_(torch.rand_like(tensor) - 0.5, alpha=0.1 * math.sqrt(12.0) * scale)
     return model
