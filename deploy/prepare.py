@@ -7,7 +7,7 @@ The baseline is trained from scratch, or made of given weights: as they are, or 
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from env.data import Dataset, load_dataset, require_batch
 from env.errors import NonFiniteError, UserError
 from env.groups import count_logits
 from env.measure import Measure
-from env.networks import NetworkConfig, build_network
+from env.networks import build_network
 from env.replacement import require_filters
 from env.retraining import Metrics, evaluate
 from env.seeds import derive_seed
@@ -107,7 +107,9 @@ def preflight(
     left = check_controller(config.controller_start, config.controller, plan)
     if left:
         warn(f"controller.weights: of other sizes or another version, so these begin anew: {', '.join(left)}")
-    measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
+    as_given = config.network.skips == "coupled" and not config.transfer.classes  # a large one's plan takes seconds
+    given = plan.costs(plan.widths) if as_given else _given(config, dataset)
+    measure = Measure(config.episode.measure, given[config.episode.measure])
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
@@ -173,12 +175,8 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, pr
 def _given(config: CampaignConfig, dataset: Dataset) -> dict[str, int]:
     """What the network costs as the user gave it, without skip convolutions, by measure."""
     plain = replace(config.network, skips="coupled", weights="")
-    return dict(_costs_of(plain, dataset.image_shape, len(dataset.classes)))
-
-
-@lru_cache(maxsize=1)  # asked for before a folder is made and after; a large network's plan takes seconds
-def _costs_of(network: NetworkConfig, image_shape: tuple[int, int, int], classes: int) -> dict[str, int]:
-    plan = ChannelPlan(build_network(network, channels=image_shape[0], classes=classes), torch.zeros(1, *image_shape))
+    network = build_network(plain, channels=dataset.image_shape[0], classes=len(dataset.classes))
+    plan = ChannelPlan(network, torch.zeros(1, *dataset.image_shape))
     return plan.costs(plan.widths)
 
 
