@@ -47,7 +47,7 @@ class Arm:
 
     about: str  # in the table
     sets: tuple[str, ...] = ()
-    learns: bool = False  # on Ray, with the machine for itself
+    learns: bool = False  # on Ray; a CPU it has for itself
     taught: bool = False  # begins with the Controller that comes with Zeroout
     peer: bool = False  # no campaign of ours: benchmarks/search_methods/peers.py, a run for each target
     of: str = ""  # the arm whose search this is, recovered otherwise
@@ -231,9 +231,8 @@ class Bench:
             weights = dict(zip(wanted, pool.map(self.baseline, wanted), strict=True))
             for seed in [seed for seed in wanted if weights[seed] is not None]:
                 of_seed = [arm for arm in ARMS if arm in arms and self.missing(seed, arm)]
-                for learns, group in itertools.groupby(of_seed, lambda arm: ARMS[arm].learns):
-                    made = (map if learns else pool.map)(lambda arm, s=seed: self.make(s, arm, weights[s]), group)
-                    list(made)
+                for together in side_by_side(of_seed, jobs):
+                    list(pool.map(lambda arm, s=seed: self.make(s, arm, weights[s]), together))
 
     def missing(self, seed: int, arm: str) -> bool:
         """Whether a network of this arm is not in the table."""
@@ -362,6 +361,19 @@ def device() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
 
 
+def side_by_side(arms: Sequence[str], jobs: int) -> list[list[str]]:
+    """The arms in turns, within each of which `jobs` run at a time.
+
+    A GPU is shared by whatever there is, and only who needs another's search waits; on a CPU who learns is alone.
+    """
+    if torch.cuda.is_available() and jobs > 1:
+        turns = ([arm for arm in arms if not ARMS[arm].of], [arm for arm in arms if ARMS[arm].of])
+        return [turn for turn in turns if turn]
+    alone = [arm if ARMS[arm].learns else "" for arm in arms]  # neighbours with the same name run together
+    grouped = itertools.groupby(zip(alone, arms, strict=True), lambda pair: pair[0])
+    return [[arm for _, arm in group] for _, group in grouped]
+
+
 def shares(text: str) -> tuple[float, ...]:
     """Targets as they are typed: 0.9,0.95."""
     return tuple(sorted(float(part) for part in text.split(",")))
@@ -389,7 +401,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--protocol", choices=PROTOCOLS, help="default: gpu where there is one, else cpu")
     parser.add_argument("--data", default=".data", help="CIFAR-10 as a folder of images (default .data)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of zeroout run")
-    parser.add_argument("--jobs", type=int, default=2, help="campaigns at the same time (default 2)")
+    parser.add_argument(
+        "--jobs", type=int, default=2, help="campaigns at the same time (default 2); on a GPU start MPS first"
+    )
     parser.add_argument("--minutes", type=float, default=math.inf, help="then save and stop")
     parser.add_argument("--page", action="store_true", help="make the page and the figures again, and nothing else")
     parser.add_argument("--quick", action="store_true", help="digits, one seed; writes to .search/ alone")

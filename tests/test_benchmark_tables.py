@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.tables import side_by_side
+
 ROOT = Path(__file__).parent.parent
 KINDS = ("controller", "distilled", "uniform")  # what learns, what shares a search, what is no campaign
 
@@ -25,6 +27,21 @@ def tables(work: Path, *arguments: str) -> str:
 
 def rows_in(work: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (work / "quick" / "tables.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "jobs", "turns"),
+    [
+        (False, 2, [["controller"], ["distilled", "taylor", "uniform"], ["source"]]),
+        (True, 1, [["controller"], ["distilled", "taylor", "uniform"], ["source"]]),
+        (True, 4, [["controller", "taylor", "uniform", "source"], ["distilled"]]),
+    ],
+)
+def test_who_learns_has_a_cpu_for_itself_and_shares_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, jobs: int, turns: list[list[str]]
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    assert side_by_side(["controller", "distilled", "taylor", "uniform", "source"], jobs) == turns
 
 
 @pytest.mark.slow
