@@ -191,7 +191,7 @@ def make_optimizer(
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": norm_weight_decay},  # and biases
+        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": norm_weight_decay},  # batch-norm, biases
     ]
     # fused: one call for all tensors; of a narrow network's step the loop over them takes 2 to 3 %
     return torch.optim.SGD(groups, lr=learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
