@@ -10,29 +10,32 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from agents.controller import ControllerConfig
-from deploy.campaign import interruptible, run_campaign
+from deploy.campaign import run_campaign
 from deploy.config import CampaignConfig, dump, load
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
-from env.errors import ZerooutError
+from env.errors import UserError, ZerooutError
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".search"
 _INTERRUPTED = 130
 #: Defaults that have changed since there are rows: fingerprints go on with what they were.
 _FORMER = {"recovery.distillation": 0.0}
+_RUNNING: set[subprocess.Popen[bytes]] = set()  # to be ended with us
 _TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 
 
@@ -82,10 +85,14 @@ def process(command: Sequence[str], out: Path, what: str, deadline_s: float = ma
     since, before = time.perf_counter(), seconds_of(out)
     with beside(out, ".log").open("ab") as log:
         child = subprocess.Popen([sys.executable, *command], cwd=ROOT, env=environment, stdout=log, stderr=log)
-        code = _ended(child, deadline_s)
+        _RUNNING.add(child)
+        try:
+            code = _ended(child, deadline_s)
+        finally:
+            _RUNNING.discard(child)
     write_atomic(beside(out, ".seconds"), f"{before + time.perf_counter() - since:.1f}")
     if code == _INTERRUPTED:
-        print(f"{what}: stopped, as time is over; the same command goes on with it", flush=True)
+        print(f"{what}: stopped; the same command goes on with it", flush=True)
     elif code:
         print(f"{what}: ended with {code}; see {beside(out, '.log')}", flush=True)
 
@@ -102,24 +109,45 @@ def _ended(child: subprocess.Popen[bytes], deadline_s: float) -> int:
         return child.wait(None if deadline_s == math.inf else max(0.0, deadline_s - time.time()))
     except subprocess.TimeoutExpired:
         child.terminate()
+    except KeyboardInterrupt:  # it has been told to end, too
+        _gone(child)
+        raise
+    _gone(child)
+    return _INTERRUPTED
+
+
+def _gone(child: subprocess.Popen[bytes]) -> None:
+    """Wait for a process that was told to end; kill it where it does not."""
     try:
         child.wait(_TO_SAVE_S)
     except subprocess.TimeoutExpired:
         child.kill()
         child.wait()
-    return _INTERRUPTED
 
 
 @contextlib.contextmanager
 def ended_as_a_command() -> Iterator[None]:
-    """What is raised becomes an exit code, and a line for a user's mistake; SIGTERM interrupts."""
+    """What is raised becomes an exit code, and a line for a user's mistake; SIGTERM interrupts, as Ctrl+C does.
+
+    The processes that `process` has started are told to end before threads that wait for them are waited for.
+    """
+
+    def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        for child in list(_RUNNING):
+            child.terminate()
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        with interruptible():
-            yield
+        yield
     except KeyboardInterrupt:
         sys.exit(_INTERRUPTED)
     except ZerooutError as error:
-        sys.exit(f"zeroout: {error}")
+        print(f"zeroout: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UserError) else 1)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def require_all(failed: Sequence[str]) -> None:

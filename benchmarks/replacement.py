@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.campaigns import WORK, baseline, campaign, commit, fingerprint
+from benchmarks.campaigns import WORK, baseline, campaign, commit, ended_as_a_command, fingerprint
 from benchmarks.ledger import Ledger, Row
 from benchmarks.paired import Difference, difference, spread
 from benchmarks.step import cpu_name
@@ -305,7 +305,8 @@ def main() -> None:
         bench = Bench(
             network, given.width, data, tuple(given.targets), ledger, given.work, deadline_s, tuple(given.set)
         )
-        bench.run(given.seeds, given.arms, given.jobs)
+        with ended_as_a_command():
+            bench.run(given.seeds, given.arms, given.jobs)
     if ledger.rows:
         text = page(ledger.rows, " ".join(["python -m benchmarks.replacement", *sys.argv[1:]]))
         (given.results / "replacement.md").write_text(text)

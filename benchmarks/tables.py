@@ -24,6 +24,7 @@ from benchmarks.campaigns import (
     campaign,
     commit,
     digest,
+    ended_as_a_command,
     fingerprint,
     images_of,
     require_all,
@@ -430,7 +431,8 @@ def main() -> None:
     )  # fmt: skip
     failed: list[str] = []
     if not given.page:
-        bench.run(given.seeds, given.arms, given.jobs)
+        with ended_as_a_command():
+            bench.run(given.seeds, given.arms, given.jobs)
         if time.time() < bench.deadline_s:
             failed = [f"{arm}, seed {seed}" for seed in given.seeds for arm in given.arms if bench.missing(seed, arm)]
     if ledger.rows:

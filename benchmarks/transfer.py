@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.campaigns import WORK, campaign, commit, fingerprint
+from benchmarks.campaigns import WORK, campaign, commit, ended_as_a_command, fingerprint
 from benchmarks.ledger import Ledger, Row
 from benchmarks.step import cpu_name
 from benchmarks.transfer_page import page
@@ -291,7 +291,8 @@ def main() -> None:
     deadline_s = time.time() + 60.0 * given.minutes
     bench = Bench(setting, data, Ledger(given.results / "transfer.jsonl"), given.work, deadline_s)
     jobs = list(jobs_of(given))
-    bench.run(jobs, given.jobs)
+    with ended_as_a_command():
+        bench.run(jobs, given.jobs)
     rows = [row for job in jobs if (row := bench.row(job)) is not None]
     if rows:
         command = " ".join(["python -m benchmarks.transfer", *sys.argv[1:]])

@@ -1,6 +1,9 @@
 """benchmarks.search on digits: what teaches, what it is on the way, and what a page says of both."""
 
 import math
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,8 @@ from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
 from benchmarks.search_methods.page import write_page
 from deploy.config import load
+
+ROOT = Path(__file__).parent.parent
 
 
 def bench(work: Path, **changes: Any) -> search.Bench:
@@ -139,3 +144,41 @@ def test_a_controller_that_is_named_is_told_apart_from_none(tmp_path: Path) -> N
     plain, named = bench(tmp_path), bench(tmp_path, extra=(f'controller.weights="{TAUGHT["vgg16"]}"',))
     assert named.fingerprint(5, "fresh") != plain.fingerprint(5, "fresh")
     assert search.begun_with(plain.cell.config(5, "fresh", None)) == ""
+
+
+@pytest.mark.parametrize("where", ["in the main thread", "in a pool"])
+def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, where: str) -> None:
+    program = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\n"
+        "from benchmarks.campaigns import ended_as_a_command, process\n"
+        f"folder = Path({str(tmp_path)!r})\n"
+        "sleep = 'import os, pathlib, sys, time;'\n"
+        "sleep += 'pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)'\n"
+        "def one(name): process(['-c', sleep, str(folder / name)], folder / name, name)\n"
+        "with ended_as_a_command():\n"
+        + (
+            "    one('first')\n"
+            if where == "in the main thread"
+            else "    with ThreadPoolExecutor(1) as pool: list(pool.map(one, ['first', 'second']))\n"
+        )
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        child = _number_in(tmp_path / "first")
+        parent.terminate()
+        assert parent.wait(60) == 130
+    finally:
+        parent.kill()
+        parent.wait()
+    assert not Path(f"/proc/{child}").exists()
+    assert not (tmp_path / "second").exists()  # nothing new is begun
+
+
+def _number_in(file: Path) -> int:
+    """What a process writes there, soon."""
+    for _ in range(600):
+        if file.is_file() and file.read_text():
+            return int(file.read_text())
+        time.sleep(0.1)
+    raise AssertionError(f"{file} is not there after a minute")
