@@ -87,8 +87,9 @@ ControlsOption = Annotated[
     bool,
     typer.Option(
         "--controls",
-        help="Also play random search, Taylor, gamma, balanced L1, the cross-entropy method and the untrained "
-        "Controller, each with as many episodes, and recover their best networks alike: seven times the work.",
+        help="Also play random search, Taylor, gamma, balanced L1, the cross-entropy method and the Controller as it "
+        "began, its learner off, each with as many episodes, and recover their best networks alike: seven times the "
+        "work.",
     ),
 ]
 

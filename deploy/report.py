@@ -31,7 +31,7 @@ _NAMES = {
     "gamma": "batch-norm gamma",
     "random": "random search",
     "cem": "evolution (CEM)",
-    "untrained": "the untrained Controller",
+    "untrained": "the Controller as it began, learner off",
 }
 
 
