@@ -119,7 +119,7 @@ def test_a_process_is_ended_when_time_is_over_and_its_seconds_add_up(
     assert 0.5 <= seconds_of(out) - first < 60
     process(["-c", "raise SystemExit(3)"], out, "third", math.inf)
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "second: stopped, as time is over; the same command goes on with it"
+    assert said[0] == "second: stopped; the same command goes on with it"
     assert said[1].startswith("third: ended with 3; see ")
     assert (tmp_path / "run-0.5.log").read_text() == "begun\n"
 
