@@ -130,13 +130,14 @@ def test_the_curve_by_hand(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_value_is_said_in_a_line_before_anything_is_trained(
-    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    given: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     places = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     monkeypatch.setattr("sys.argv", ["search", "--data", "digits", *places, *given])
     with pytest.raises(SystemExit) as ended:
         search.main()
-    assert str(ended.value).startswith(f"zeroout: {said}")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.startswith(f"zeroout: {said}")
     assert not (tmp_path / "work").exists()
 
 
