@@ -370,9 +370,8 @@ def side_by_side(arms: Sequence[str], jobs: int) -> list[list[str]]:
     if torch.cuda.is_available() and jobs > 1:
         turns = ([arm for arm in arms if not ARMS[arm].of], [arm for arm in arms if ARMS[arm].of])
         return [turn for turn in turns if turn]
-    alone = [arm if ARMS[arm].learns else "" for arm in arms]  # neighbours with the same name run together
-    grouped = itertools.groupby(zip(alone, arms, strict=True), lambda pair: pair[0])
-    return [[arm for _, arm in group] for _, group in grouped]
+    # neighbours of the same key run together
+    return [list(turn) for _, turn in itertools.groupby(arms, lambda arm: arm if ARMS[arm].learns else "")]
 
 
 def shares(text: str) -> tuple[float, ...]:

@@ -3,11 +3,11 @@
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_campaign import ROOT, wait_until
 
 from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
 from agents.controller import TAUGHT
@@ -16,8 +16,6 @@ from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
 from benchmarks.search_methods.page import write_page
 from deploy.config import load
-
-ROOT = Path(__file__).parent.parent
 
 
 def bench(work: Path, **changes: Any) -> search.Bench:
@@ -166,7 +164,9 @@ def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, wh
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     try:
-        child = _number_in(tmp_path / "first")
+        first = tmp_path / "first"
+        wait_until(lambda: first.is_file() and first.read_text(), "the first has begun")
+        child = int(first.read_text())
         parent.terminate()
         assert parent.wait(60) == 130
     finally:
@@ -174,12 +174,3 @@ def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, wh
         parent.wait()
     assert not Path(f"/proc/{child}").exists()
     assert not (tmp_path / "second").exists()  # nothing new is begun
-
-
-def _number_in(file: Path) -> int:
-    """What a process writes there, soon."""
-    for _ in range(600):
-        if file.is_file() and file.read_text():
-            return int(file.read_text())
-        time.sleep(0.1)
-    raise AssertionError(f"{file} is not there after a minute")
