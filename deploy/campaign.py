@@ -13,6 +13,7 @@ from deploy.export import export
 from deploy.folder import CampaignFolder, versions, write_json
 from deploy.formats import FORMATS
 from deploy.limit import within_drop
+from deploy.peers import make_peers
 from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress
 from deploy.ray_address import check_ray_address
@@ -83,6 +84,7 @@ def _run(
         write_json(folder.versions_json, versions())
     baseline = replaced(folder, config, dataset, prepare(folder, config, dataset, progress), progress)
     search(folder, config, dataset, baseline, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
+    make_peers(folder, config, dataset, baseline, progress)
     recovery = Recovery(folder, config, dataset.to(default_device()), baseline, progress)
     recovery.run()
     if config.has_limit:

@@ -16,6 +16,7 @@ import tomli_w
 
 from actors.schedule import TAUGHT_SIGMA, ScheduleConfig
 from agents.controller import TAUGHT, ControllerConfig
+from deploy.frontier import PEERS
 from env.compression import EpisodeConfig
 from env.data import DataConfig
 from env.errors import UserError
@@ -72,6 +73,7 @@ class CampaignConfig:
     # Points of validation accuracy that may be lost; -1 = off. Where given, one network comes back, the smallest that
     # holds: episode.targets are the first guesses, and the gap between them is halved until it is found.
     max_drop: float = -1.0
+    peers: tuple[str, ...] = ()  # of PEERS; at each target the network of each is recovered beside the search's
     network: NetworkConfig = field(default_factory=NetworkConfig)
     data: DataConfig = field(default_factory=DataConfig)
     transfer: TransferConfig = field(
@@ -99,6 +101,13 @@ class CampaignConfig:
                 got=repr(self.max_drop),
                 remedy="1.0 allows one point",
             )
+        if not set(self.peers) <= set(PEERS) or len(set(self.peers)) < len(self.peers):
+            raise UserError(
+                "peers",
+                expected=f"different ones of {', '.join(PEERS)}",
+                got=repr(list(self.peers)),
+                remedy="leave out what is not among them",
+            )
         if self.transfer.how == "prune" and self.replacement.how == "reinit":
             raise UserError(
                 "replacement.how",
@@ -111,6 +120,11 @@ class CampaignConfig:
     def has_limit(self) -> bool:
         """Whether the smallest network within `max_drop` is looked for."""
         return self.max_drop >= 0.0
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """Whose networks are recovered: the groups that play, and the peers."""
+        return (*self.search.groups, *self.peers)
 
     @property
     def controller_start(self) -> Path | None:

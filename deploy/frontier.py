@@ -15,6 +15,7 @@ from typing import Any
 
 __all__ = [
     "GROUPS",
+    "PEERS",
     "Comparison",
     "compare",
     "frontier",
@@ -30,6 +31,9 @@ Record = dict[str, Any]
 
 # The arms of a campaign, in the order every table and picture shows them; "search" is the Controller's.
 GROUPS = ("search", "taylor", "balanced", "balanced-l1", "gamma", "random", "cem", "untrained")
+
+#: What deploy/peers.py can make beside them; they play no episodes.
+PEERS = ("torch-pruning", "uniform")
 
 # A group must be this many standard deviations of one episode ahead to be called better. Simulated: the bests
 # of twice n repetitions of one policy lie further apart in 1.6 % of cases at n = 20, 4 % at 10, 10 % at 5

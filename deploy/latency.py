@@ -25,7 +25,7 @@ from deploy.export import points_of
 from deploy.folder import CampaignFolder, read_json, versions, write_json
 from deploy.formats import INT8, Source, format_of, load_exported, network_of
 from deploy.quantize import BASELINE
-from env.channels import ChannelPlan, adopt
+from env.channels import adopt, costs_of
 from env.compact_file import form_of_file, network_from_file
 from env.errors import UserError
 
@@ -209,8 +209,7 @@ def _baseline_int8(folder: CampaignFolder, path: Path, scratch: Path) -> Iterato
     if _as_given(trained) is trained:
         yield _entrant("original", path, facts | _judged(path), trained.image_shape)
         return
-    plan = ChannelPlan(trained.network, torch.zeros(1, *trained.image_shape))
-    facts = facts | plan.costs(plan.widths)
+    facts = facts | costs_of(trained.network, torch.zeros(1, *trained.image_shape))
     yield _entrant(BASELINE, _written(scratch / f"{BASELINE}.onnx", trained), facts, trained.image_shape)
     yield _entrant(BASELINE, path, facts | _judged(path), trained.image_shape)
 

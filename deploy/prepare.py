@@ -18,7 +18,7 @@ from deploy.controller_file import check_controller
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.progress import Progress
 from deploy.transfer import on_paper, transfer_facts, transferred
-from env.channels import ChannelPlan
+from env.channels import ChannelPlan, costs_of
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.compression import unreachable
 from env.data import Dataset, load_dataset, require_batch
@@ -107,9 +107,7 @@ def preflight(
     left = check_controller(config.controller_start, config.controller, plan)
     if left:
         warn(f"controller.weights: of other sizes or another version, so these begin anew: {', '.join(left)}")
-    as_given = config.network.skips == "coupled" and not config.transfer.classes  # a large one's plan takes seconds
-    given = plan.costs(plan.widths) if as_given else _given(config, dataset)
-    measure = Measure(config.episode.measure, given[config.episode.measure])
+    measure = Measure(config.episode.measure, _given(config, dataset)[config.episode.measure])
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
@@ -176,8 +174,7 @@ def _given(config: CampaignConfig, dataset: Dataset) -> dict[str, int]:
     """What the network costs as the user gave it, without skip convolutions, by measure."""
     plain = replace(config.network, skips="coupled", weights="")
     network = build_network(plain, channels=dataset.image_shape[0], classes=len(dataset.classes))
-    plan = ChannelPlan(network, torch.zeros(1, *dataset.image_shape))
-    return plan.costs(plan.widths)
+    return costs_of(network, torch.zeros(1, *dataset.image_shape))
 
 
 def _make(

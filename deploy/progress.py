@@ -66,7 +66,7 @@ class Progress(Protocol):
     """Where long work reports to. Calls are cheap and may come as often as the caller likes."""
 
     def stage(self, name: str, detail: str = "") -> None:
-        """Begin a stage (prepare, search, recover, export)."""
+        """Begin a stage (prepare, search, peers, recover, export)."""
 
     def share(self, stage: str, done: int, total: int) -> None:
         """Report how much is done of something that is only counted: images decoded, bytes downloaded."""

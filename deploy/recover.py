@@ -19,7 +19,7 @@ from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from deploy.replace import FACTS
-from env.channels import ChannelPlan
+from env.channels import ChannelPlan, costs_of
 from env.compact_file import network_from_file, network_to_bytes
 from env.data import Dataset
 from env.errors import first_line
@@ -47,8 +47,10 @@ class Recovery:
         for target in self.config.episode.targets:
             if self.config.has_limit and self._nothing_holds():
                 return  # what loses too much needs no further recoveries
-            for group in self.config.search.groups:
+            for group in self.config.groups:
                 candidate = candidate_path(self.folder, group, target)
+                if group in self.config.peers and not _complete(candidate):
+                    continue  # it could not prune this network (deploy/peers.py)
                 if not _complete(self._model(group, target)):
                     network = network_from_file(str(candidate))
                     origin = {"target": target, "group": group, **read_json(candidate.with_suffix(".json"))}
@@ -92,9 +94,7 @@ class Recovery:
 
     def facts(self) -> list[dict[str, Any]]:
         """What is known of the groups' recovered networks, rising by target."""
-        models = (
-            self._model(group, target) for target in self.config.episode.targets for group in self.config.search.groups
-        )
+        models = (self._model(group, target) for target in self.config.episode.targets for group in self.config.groups)
         return [read_json(model.with_suffix(".json")) for model in models if _complete(model)]
 
     def drop(self, facts: Mapping[str, Any]) -> float:
@@ -118,8 +118,7 @@ class Recovery:
     def _costs(self, network: nn.Module) -> dict[str, int]:
         """Parameters, MACs and bytes, counted on the compact network itself."""
         example = torch.zeros(1, *self.dataset.image_shape, device=next(network.parameters()).device)
-        plan = ChannelPlan(network, example)
-        return plan.costs(plan.widths)
+        return costs_of(network, example)
 
     def result(self) -> dict[str, Any]:
         """Choose by validation, open the test split once, write result.json; an existing one is left as it is."""

@@ -11,7 +11,16 @@ from typing import Any
 
 from deploy.figures import change, count, fixed, percent, spread
 from deploy.folder import CampaignFolder, read_json, write_atomic
-from deploy.frontier import Comparison, compare, groups_of, groups_table, measure_name, targets_of, transfer_sentence
+from deploy.frontier import (
+    PEERS,
+    Comparison,
+    compare,
+    groups_of,
+    groups_table,
+    measure_name,
+    targets_of,
+    transfer_sentence,
+)
 from deploy.page import page, table, text
 from deploy.progress import duration
 from deploy.published import published_beside
@@ -223,6 +232,8 @@ def _recovered_alike(result: Record) -> str:
         "The result beside the best of every other group, recovered alike. One recovery each: another seed "
         "moves such a number by about a point."
     )
+    if any(point["group"] in PEERS for point in controls):
+        note += " Torch-Pruning and the network from scratch play no episodes, so they are in this table alone."
     return f"<h3>After recovery</h3>{table('After recovery', header, rows)}<p class=dim>{note}</p>"
 
 

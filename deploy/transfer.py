@@ -14,7 +14,7 @@ from torch import nn
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.progress import Progress
-from env.channels import ChannelPlan
+from env.channels import ChannelPlan, costs_of
 from env.compact_file import NetworkForm, network_from_file, network_to_bytes
 from env.data import Dataset
 from env.measure import Measure
@@ -93,9 +93,8 @@ def transferred(
 def transfer_facts(config: CampaignConfig, network: nn.Module, dataset: Dataset) -> dict[str, Any]:
     """What baseline.json says of the transfer: its settings, the tensors of the new head, and what `network` costs."""
     example = torch.zeros(1, *dataset.image_shape, device=next(network.parameters()).device)
-    plan = ChannelPlan(network, example)
     head = head_of(config.network, channels=dataset.image_shape[0], classes=len(dataset.classes))
-    return {**asdict(config.transfer), "head": list(head), **plan.costs(plan.widths)}
+    return {**asdict(config.transfer), "head": list(head), **costs_of(network, example)}
 
 
 def _with_new_head(config: CampaignConfig, dataset: Dataset) -> nn.Module:

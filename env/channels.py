@@ -33,7 +33,7 @@ from env.groups import (
 )
 from env.trials import find_broken
 
-__all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt", "duplicate"]
+__all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt", "costs_of", "duplicate"]
 
 #: What compression can be counted in; each is a method of ChannelPlan.
 MEASURES = ("parameters", "macs", "bytes")
@@ -186,6 +186,21 @@ class ChannelPlan:
         """The pruned axes of a tensor: (axis, int64 owner of each index, -1 = nobody's), less what is gone."""
         for axis, owner in self.owners.get(name, {}).items():
             yield axis, _left(owner, have)
+
+
+def costs_of(network: nn.Module, example: Tensor) -> dict[str, int]:
+    """What a network costs as it is, by `MEASURES`: what a plan of it counts for its full widths, without one.
+
+    `example` is float32 [1, C, H, W] on the network's device; the network is not changed.
+    """
+    model = _copied(network).eval()
+    positions, _ = _used(model, example)
+    weights, stored = _weights(model), [*model.parameters(), *model.buffers()]
+    return {
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        "macs": sum(times * weights[name].numel() for name, times in positions.items()),
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
+    }
 
 
 def duplicate(network: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ A compacted network reuses these very classes with fewer channels, so no `forwar
 count, and no activation works in place: a ZeroOut layer or a hook may stand after any module.
 """
 
+import copy
 import importlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,7 @@ __all__ = [
     "ResidualBlock",
     "SequentialNetwork",
     "build_network",
+    "initialise_anew",
     "resnet18",
     "resnet34",
     "resnet56",
@@ -298,6 +300,22 @@ def _stage(channels_in: int, channels_out: int, *, depth: int, stride: int) -> n
     first = ResidualBlock(channels_in, channels_out, stride=stride)
     rest = [ResidualBlock(channels_out, channels_out, stride=1) for _ in range(depth - 1)]
     return nn.Sequential(first, *rest)
+
+
+def initialise_anew(network: nn.Module, *, seed: int) -> None:
+    """Give a network of any origin fresh weights, in place: torch's own of each layer, and those of `_initialise`.
+
+    What a module holds that torch does not know (a parameter of its own) stays as it is.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = copy.deepcopy(network).cpu()  # the same numbers on every device
+        for module in drawn.modules():
+            reset = getattr(module, "reset_parameters", None)
+            if callable(reset):
+                reset()
+        _initialise(drawn)
+    network.load_state_dict(drawn.state_dict())
 
 
 def _initialise(network: nn.Module) -> None:

@@ -24,6 +24,8 @@ from tiny_campaign import (
     wait_until,
 )
 
+from deploy.frontier import PEERS
+
 pytestmark = pytest.mark.slow
 
 
@@ -57,9 +59,9 @@ def assert_finished(out: Path, total: int) -> None:
 def test_a_campaign_delivers_what_the_contract_promises(tmp_path: Path, environment: dict[str, str]) -> None:
     from env.compact_file import network_from_file
 
-    out, controls = tmp_path / "out", ("random", "taylor", "cem", "untrained")
-    config = tiny(tmp_path / "tiny.toml", episodes=6, controls=controls)
-    text = zeroout(environment, "run", config, "--out", out)
+    out, controls = tmp_path / "out", ("random", "taylor", "gamma", "balanced-l1", "cem", "untrained")
+    config = tiny(tmp_path / "tiny.toml", episodes=6)
+    text = zeroout(environment, "run", config, "--out", out, "--controls")
     assert "baseline" in text
     assert str(out / "report.html") in text
     assert_finished(out, 6 * (1 + len(controls)))
@@ -69,7 +71,7 @@ def test_a_campaign_delivers_what_the_contract_promises(tmp_path: Path, environm
     assert {"baseline", "points", "episodes", "seconds", "seed"} <= result.keys()
     assert result["baseline"].keys() >= {"val_accuracy", "test_accuracy", "parameters", "macs"}
     assert {(point["group"], point["target"]) for point in result["comparison"]} == {
-        (group, target) for group in ("search", *controls) for target in (0.5, 0.8)
+        (group, target) for group in ("search", *controls, *PEERS) for target in (0.5, 0.8)
     }
     images = torch.zeros(2, 1, 8, 8)
     for point in result["points"]:
@@ -89,7 +91,7 @@ def test_a_campaign_delivers_what_the_contract_promises(tmp_path: Path, environm
     assert "baseline" in zeroout(environment, "resume", out)  # a finished campaign only prints its table
     assert {path: path.stat().st_mtime_ns for path in (out / "recovered").iterdir()} == before
     status = json.loads(zeroout(environment, "status", out, "--json"))
-    assert (status["stage"], status["episodes"]) == ("done", 30)
+    assert (status["stage"], status["episodes"]) == ("done", 42)
 
 
 def assert_learned_on_the_way(out: Path) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE, FunctionalCall
 
-from env.channels import ChannelPlan, adopt, duplicate
+from env.channels import ChannelPlan, adopt, costs_of, duplicate
 from env.errors import UserError
 from env.networks import small
 
@@ -79,6 +79,7 @@ def test_counts_equal_those_of_the_really_compact_network(name: str, seed: int) 
     assert int(plan.parameters(kept)) == parameters(compact)
     assert int(plan.macs(kept)) == counted_macs(compact, EXAMPLE)
     assert int(plan.cost("bytes", kept)) == stored_bytes(compact)
+    assert costs_of(compact, EXAMPLE) == plan.costs(kept)
     logits, classes = compact(EXAMPLE), network(EXAMPLE).shape[1]
     assert logits.shape == (1, classes)
 

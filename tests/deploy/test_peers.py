@@ -1,0 +1,168 @@
+"""Peers: networks that other methods leave beside the search's, on digits, and what becomes of those that cannot."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+import deploy.peers
+from deploy.candidates import candidate_path
+from deploy.config import CampaignConfig, dump, parse
+from deploy.folder import CampaignFolder, read_json
+from deploy.frontier import PEERS
+from deploy.peers import CRITERIA, METHODS, Commission, make_peers
+from deploy.prepare import preflight, prepare
+from deploy.progress import PlainProgress
+from env.channels import costs_of
+from env.compact_file import network_from_file
+from env.errors import UserError
+from env.networks import initialise_anew, small
+
+CAMPAIGN = """
+peers = ["torch-pruning", "uniform"]
+[network]
+width = 0.25
+[data]
+validation_share = 0.2
+[baseline]
+epochs = 3
+batch_size = 64
+[episode]
+targets = [0.5, 0.9]
+batch_size = 32
+step_minibatches = 1
+recovery_minibatches = 3
+score_images = 64
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def few_criteria(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    few = {name: CRITERIA[name] for name in ("L2 uniform", "Taylor global")}
+    monkeypatch.setattr(deploy.peers, "CRITERIA", few)
+    monkeypatch.setattr(deploy.peers, "STEPS", 3)
+    return dict(few)
+
+
+def made(config: CampaignConfig, path: Path) -> tuple[CampaignFolder, str]:
+    """The folder with what the peers left in it, and what was said."""
+    folder, dataset = CampaignFolder.create(path / "out", dump(config)), preflight(config)
+    with (path / "log").open("w") as log:
+        progress = PlainProgress(Console(file=log, width=200))
+        baseline = prepare(folder, config, dataset, progress)
+        make_peers(folder, config, dataset, baseline, progress)
+    return folder, (path / "log").read_text()
+
+
+def test_each_peer_leaves_a_network_at_each_target_that_lacks_as_much(
+    tmp_path: Path, few_criteria: dict[str, object]
+) -> None:
+    config = parse(CAMPAIGN)
+    folder, said = made(config, tmp_path)
+    given = costs_of(small(width=0.25), torch.zeros(1, 1, 8, 8))["parameters"]
+    for target in config.episode.targets:
+        for peer in PEERS:
+            path = candidate_path(folder, peer, target)
+            network, facts = network_from_file(str(path)), read_json(path.with_suffix(".json"))
+            left = sum(parameter.numel() for parameter in network.parameters())
+            assert target <= 1 - left / given <= target + 0.05
+            assert facts["episode"] is None
+        pruned = read_json(candidate_path(folder, "torch-pruning", target).with_suffix(".json"))
+        assert set(pruned["tried"]) == {f"{name}, {how}" for name in few_criteria for how in ("at once", "3 steps")}
+        assert pruned["policy"] == min(pruned["tried"], key=lambda name: pruned["tried"][name])
+        assert pruned["images"] == 2 * 32 * (4 * 1 + 2 * 3)  # at once and in three steps, a short recovery after each
+    assert "uniform 90.00%: epoch 3/3" in said
+
+
+def test_what_is_there_is_kept_and_a_killed_peer_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(parse(CAMPAIGN), peers=("uniform",))
+    folder, _ = made(config, tmp_path)
+    kept, lost = (candidate_path(folder, "uniform", target) for target in config.episode.targets)
+    before = kept.stat().st_mtime_ns
+    lost.with_suffix(".json").unlink()  # written last
+    asked: list[float] = []
+
+    def counted(wanted: Commission) -> tuple[nn.Module, dict[str, object]]:
+        asked.append(wanted.target)
+        return small(width=0.1), {"policy": "counted", "images": 0}
+
+    monkeypatch.setitem(METHODS, "uniform", counted)
+    made(config, tmp_path)
+    assert asked == [0.9]
+    assert kept.stat().st_mtime_ns == before
+    assert read_json(lost.with_suffix(".json"))["policy"] == "counted"
+
+
+def test_a_network_that_a_peer_cannot_prune_is_said_and_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise KeyError("a layer nobody knows")
+
+    monkeypatch.setattr(deploy.peers.tp.pruner, "BasePruner", unknown)
+    folder, said = made(parse(CAMPAIGN), tmp_path)
+    assert not candidate_path(folder, "torch-pruning", 0.9).exists()
+    assert candidate_path(folder, "uniform", 0.9).is_file()
+    assert "torch-pruning at 90.00%: left out, as it cannot prune this network: none of" in " ".join(said.split())
+    assert "a layer nobody knows" in said
+
+
+def test_uniform_is_trained_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a training that does nothing, its weights are fresh ones; all widths are one share of the baseline's."""
+    monkeypatch.setattr(deploy.peers, "train_shown", lambda *_, **__: None)
+    config = replace(parse(CAMPAIGN), peers=("uniform",))
+    folder, _ = made(config, tmp_path)
+    network = network_from_file(str(candidate_path(folder, "uniform", 0.9)))
+    whole = network_from_file(str(folder.baseline / "model.safetensors"))
+    pairs = [
+        (narrow, wide)
+        for narrow, wide in zip(network.modules(), whole.modules(), strict=True)
+        if isinstance(narrow, nn.Conv2d) and isinstance(wide, nn.Conv2d)
+    ]
+    shares = [narrow.out_channels / wide.out_channels for narrow, wide in pairs]
+    assert all(abs(share - shares[-1]) <= 1 / wide.out_channels for share, (_, wide) in zip(shares, pairs, strict=True))
+    for narrow, wide in pairs:
+        assert not torch.isin(narrow.weight, wide.weight).any()
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all(torch.equal(norm.weight, torch.ones_like(norm.weight)) for norm in norms)
+    assert all(not norm.running_mean.any() for norm in norms if norm.running_mean is not None)
+
+
+def test_fresh_weights_depend_on_the_seed_alone() -> None:
+    networks = [small(width=0.25) for _ in range(3)]
+    state = torch.get_rng_state()
+    for network, seed in zip(networks, (1, 1, 2), strict=True):
+        initialise_anew(network, seed=seed)
+    first, again, other = (network.state_dict() for network in networks)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["features.0.weight"], other["features.0.weight"])
+
+
+def test_macs_are_counted_where_they_are_the_measure(tmp_path: Path) -> None:
+    config = parse(CAMPAIGN, ['episode.measure="macs"', "episode.targets=[0.6]"])
+    folder, _ = made(config, tmp_path)
+    given = costs_of(small(width=0.25), torch.zeros(1, 1, 8, 8))["macs"]
+    for peer in PEERS:
+        network = network_from_file(str(candidate_path(folder, peer, 0.6)))
+        assert 0.6 <= 1 - costs_of(network, torch.zeros(1, 1, 8, 8))["macs"] / given <= 0.7
+
+
+def test_the_names_are_those_of_the_configuration() -> None:
+    assert tuple(METHODS) == PEERS
+    with pytest.raises(UserError, match=r"peers: expected different ones of torch-pruning, uniform, got .*'hope'"):
+        parse(CAMPAIGN, ['peers=["hope"]'])
+    with pytest.raises(UserError, match="peers: expected different ones"):
+        parse(CAMPAIGN, ['peers=["uniform", "uniform"]'])
