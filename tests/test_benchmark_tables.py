@@ -1,15 +1,19 @@
 """benchmarks.tables as the real command on digits: every kind of arm, and again without making anything twice."""
 
 import json
+import math
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.tables import side_by_side
+import benchmarks.tables
+from benchmarks.ledger import Ledger
+from benchmarks.tables import QUICK, Bench, side_by_side
 
 ROOT = Path(__file__).parent.parent
 KINDS = ("controller", "distilled", "uniform")  # what learns, what shares a search, what is no campaign
@@ -34,7 +38,7 @@ def rows_in(work: Path) -> list[dict[str, Any]]:
     [
         (False, 2, [["controller"], ["distilled", "taylor", "uniform"], ["source"]]),
         (True, 1, [["controller"], ["distilled", "taylor", "uniform"], ["source"]]),
-        (True, 4, [["controller", "taylor", "uniform", "source"], ["distilled"]]),
+        (True, 4, [["controller", "distilled", "taylor", "uniform", "source"]]),
     ],
 )
 def test_who_learns_has_a_cpu_for_itself_and_shares_a_gpu(
@@ -42,6 +46,37 @@ def test_who_learns_has_a_cpu_for_itself_and_shares_a_gpu(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
     assert side_by_side(["controller", "distilled", "taylor", "uniform", "source"], jobs) == turns
+
+
+@pytest.mark.parametrize("ends", ["search", "whole"])
+def test_who_shares_a_search_begins_when_it_has_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """The recovery beside the other's; not before the search has ended, and not at all where it never does."""
+    monkeypatch.setattr(benchmarks.tables, "_LOOK_S", 0.01)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    bench = Bench(
+        protocol=QUICK, network="small", width=1.0, data="digits", targets=(0.5,),
+        ledger=Ledger(tmp_path / "tables.jsonl"), work=tmp_path, deadline_s=math.inf,
+    )  # fmt: skip
+    begun, second = [], threading.Event()
+
+    def campaign(_config: object, out: Path, what: str, **_: object) -> None:
+        begun.append(what)
+        if what.startswith("controller"):
+            out.mkdir()
+            (out / "episodes.jsonl").write_text("{}")
+            if ends == "search":
+                (out / "recovered").mkdir()
+                assert second.wait(60)  # still recovering
+        else:
+            assert (out / "episodes.jsonl").read_text() == "{}"
+            second.set()
+
+    monkeypatch.setattr(benchmarks.tables, "baseline", lambda *_: tmp_path / "weights")
+    monkeypatch.setattr(benchmarks.tables, "campaign", campaign)
+    bench.run([0], ["controller", "distilled"], 2)
+    assert begun == ["controller, seed 0", "distilled, seed 0"][: 2 if ends == "search" else 1]
 
 
 @pytest.mark.slow
