@@ -14,7 +14,8 @@ from torch import Tensor
 
 from deploy.config import CampaignConfig
 from deploy.prepare import Baseline, default_device
-from env.channels import ChannelPlan, duplicate
+from env.channels import ChannelPlan
+from env.copies import duplicate
 from env.data import Dataset
 from env.importance import IMPORTANCES
 from env.recognizer import Recognizer

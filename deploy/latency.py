@@ -25,8 +25,9 @@ from deploy.export import points_of
 from deploy.folder import CampaignFolder, read_json, versions, write_json
 from deploy.formats import INT8, Source, format_of, load_exported, network_of
 from deploy.quantize import BASELINE
-from env.channels import adopt, costs_of
+from env.channels import costs_of
 from env.compact_file import form_of_file, network_from_file
+from env.copies import adopt
 from env.errors import UserError
 
 __all__ = ["ACCURACIES", "BATCHES", "RUNTIMES", "Latency", "latency", "measure", "seconds_by_round", "write_table"]

@@ -19,8 +19,9 @@ from deploy.folder import CampaignFolder, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from env.augment import normalise
-from env.channels import ChannelPlan, costs_of, duplicate
+from env.channels import ChannelPlan, costs_of
 from env.compact_file import network_to_bytes
+from env.copies import duplicate
 from env.data import Dataset
 from env.errors import ZerooutError, first_line
 from env.groups import PRODUCERS

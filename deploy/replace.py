@@ -15,8 +15,8 @@ from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
-from env.channels import duplicate
 from env.compact_file import network_from_file, network_to_bytes
+from env.copies import duplicate
 from env.data import Dataset
 from env.errors import UserError, first_line
 from env.recognizer import Recognizer

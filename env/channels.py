@@ -9,7 +9,7 @@ that stand side by side in the same tensors. The groups come from torch-pruning'
 """
 
 import copy
-from collections import OrderedDict, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,29 +17,25 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from env.copies import adopt, structure_of, tensors_of
 from env.errors import UserError, first_line
 from env.groups import (
-    CONVOLUTIONS,
-    NORMS,
     PRODUCERS,
     TRANSPOSED,
     Group,
     count_logits,
     find_groups,
     is_depthwise,
-    module_tensors,
     places,
     touched,
 )
 from env.trials import find_broken
 
-__all__ = ["MEASURES", "ChannelPlan", "Layer", "adopt", "costs_of", "duplicate"]
+__all__ = ["MEASURES", "ChannelPlan", "Layer", "costs_of"]
 
 #: What compression can be counted in; each is a method of ChannelPlan.
 MEASURES = ("parameters", "macs", "bytes")
 _HARDLY = 0.01  # of all multiply-accumulates: what lies outside the modules is not worth a word
-_DICTS = (dict, OrderedDict)
-_PLAIN = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +165,7 @@ class ChannelPlan:
             have: bool [F], the units that `network` still has; all of them by default.
 
         """
-        tensors = _tensors(network)
+        tensors = tensors_of(network)
         sliced: dict[str, Tensor] = {}
         kept: dict[int, Tensor] = {}  # by owner, of which equal ones are the same tensor
         for name, tensor in tensors.items():
@@ -180,7 +176,7 @@ class ChannelPlan:
                     kept[id(owner)] = ((left < 0) | keep_mask[left.clamp(min=0)]).nonzero().squeeze(1)
                 part = part.index_select(axis, kept[id(owner)].to(part.device))
             sliced[name] = part if part is not tensor and part.data_ptr() != tensor.data_ptr() else part.clone()
-        return adopt(_structure(network, tensors), sliced)
+        return adopt(structure_of(network, tensors), sliced)
 
     def axes(self, name: str, have: Tensor | None = None) -> Iterator[tuple[int, Tensor]]:
         """The pruned axes of a tensor: (axis, int64 owner of each index, -1 = nobody's), less what is gone."""
@@ -201,94 +197,6 @@ def costs_of(network: nn.Module, example: Tensor) -> dict[str, int]:
         "macs": sum(times * weights[name].numel() for name, times in positions.items()),
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in stored),
     }
-
-
-def duplicate(network: nn.Module) -> nn.Module:
-    """Return a copy of `network` that shares nothing with it: as `copy.deepcopy`, in a third of the time."""
-    tensors = _tensors(network)
-    return adopt(_structure(network, tensors), {name: tensor.detach().clone() for name, tensor in tensors.items()})
-
-
-def adopt(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Give `network` these tensors, by name, and set each module's sizes to fit them; returns `network`.
-
-    This is all that rebuilding a compact network takes, so a saved one needs its tensors and its factory only.
-    A tensor that several modules share is named once, as `named_parameters` does, and stays shared.
-    """
-    replaced: dict[int, Tensor] = {}
-    for path, module in network.named_modules():
-        prefix = f"{path}." if path else ""
-        for kind in (module._parameters, module._buffers):
-            for key, old in kind.items():
-                if old is None:
-                    continue
-                new = replaced.get(id(old), tensors.get(prefix + key))
-                if new is None:
-                    continue
-                if isinstance(old, nn.Parameter) and not isinstance(new, nn.Parameter):
-                    new = nn.Parameter(new, old.requires_grad)
-                kind[key] = replaced[id(old)] = new
-        _fit(module)
-    return network
-
-
-def _tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by name."""
-    return dict(network.named_parameters()) | dict(network.named_buffers())
-
-
-def _structure(network: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a copy of the modules, whose `tensors` are still those of `network`.
-
-    Ordinary layers and the dozen empty dictionaries of hooks in all others are copied here: they are nearly all of the
-    time that `copy.deepcopy` takes.
-    """
-    memo: dict[int, object] = {id(tensor): tensor for tensor in tensors.values()}
-    for module in network.modules():
-        layer = _copied_layer(module)
-        if layer is not None:
-            memo[id(module)] = layer
-        else:
-            memo |= {id(value): type(value)() for value in vars(module).values() if type(value) in _DICTS and not value}
-    return copy.deepcopy(network, memo)
-
-
-def _copied_layer(module: nn.Module) -> nn.Module | None:
-    """Return a copy, with the same tensors, of one of torch's own layers that holds nothing but them and plain values.
-
-    None for any other: what somebody else's module needs, or one with hooks, only `copy.deepcopy` knows.
-    """
-    if not type(module).__module__.startswith("torch.nn.modules."):
-        return None
-    state = dict(vars(module))
-    for name, value in state.items():
-        plain = type(value) in (list, set, tuple) and all(type(item) in _PLAIN for item in value)
-        empty = type(value) in _DICTS and not value
-        if plain or empty or name in ("_parameters", "_buffers"):
-            state[name] = type(value)(value)
-        elif type(value) not in _PLAIN:
-            return None
-    layer = type(module).__new__(type(module))
-    vars(layer).update(state)
-    return layer
-
-
-def _fit(module: nn.Module) -> None:
-    """Set a module's sizes from its own tensors."""
-    if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
-        first, second = module.weight.shape[:2]
-        if is_depthwise(module):
-            module.groups = module.in_channels = module.out_channels = first
-        elif isinstance(module, CONVOLUTIONS):
-            module.out_channels, module.in_channels = first, second * module.groups
-        else:
-            module.in_channels, module.out_channels = first, second * module.groups
-    elif isinstance(module, nn.Linear):
-        module.out_features, module.in_features = module.weight.shape
-    elif isinstance(module, NORMS):
-        module.num_features = next(
-            (len(t) for t in module_tensors(module).values() if t.dim() == 1), module.num_features
-        )
 
 
 class _Cost:

@@ -17,7 +17,8 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from env.channels import ChannelPlan, adopt
+from env.channels import ChannelPlan
+from env.copies import adopt
 from env.errors import UserError
 from env.networks import NetworkConfig, build_network
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from env.augment import normalise
-from env.channels import ChannelPlan, duplicate
+from env.channels import ChannelPlan
+from env.copies import duplicate
 from env.data import DataConfig, Dataset
 from env.importance import importance, log_scores
 from env.measure import Measure

@@ -5,13 +5,13 @@ branch for training alone). So random filters are taken out and silenced, and th
 env/channels.py.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from env.copies import duplicate
 from env.errors import UserError, first_line
 from env.zero_out import attach_zero_out
 
@@ -138,7 +138,7 @@ def _rounding(logits: Tensor) -> Tensor:
 
 def _perturbed(model: nn.Module) -> nn.Module:
     """A copy in which nothing is exactly 0 or 1, so that no shift or scale of a fresh network hides a mistake."""
-    model = copy.deepcopy(model)  # in its own precision, in which numbers are drawn in a fifth of a double's time
+    model = duplicate(model)  # in its own precision, in which numbers are drawn in a fifth of a double's time
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.numel():
             tensor.mul_(torch.rand_like(tensor) + 0.5)

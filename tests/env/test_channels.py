@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from zoo import EXAMPLE, LEFT_OUT, NETWORKS, PRUNABLE, FunctionalCall
 
-from env.channels import ChannelPlan, adopt, costs_of, duplicate
+from env.channels import ChannelPlan, costs_of
+from env.copies import adopt
 from env.errors import UserError
 from env.networks import small
 
@@ -120,34 +121,6 @@ def test_keeping_everything_changes_nothing_and_shares_nothing(name: str) -> Non
         tensor.data.zero_()
     for key, value in network.state_dict().items():
         assert torch.equal(value, before[key])
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_a_duplicate_is_the_same_and_shares_nothing(name: str) -> None:
-    network = NETWORKS[name]().train()
-    parameters = list(network.parameters())
-    parameters[0].requires_grad_(False)
-    twin = duplicate(network)
-    assert repr(twin) == repr(network)
-    assert [m.training for m in twin.modules()] == [m.training for m in network.modules()]
-    assert [p.requires_grad for p in twin.parameters()] == [p.requires_grad for p in parameters]
-    theirs, ours = twin.state_dict(), network.state_dict()
-    assert theirs.keys() == ours.keys()
-    assert all(torch.equal(theirs[key], value) for key, value in ours.items())
-    assert not {id(m) for m in twin.modules()} & {id(m) for m in network.modules()}
-    held = {t.data_ptr() for t in (*parameters, *network.buffers())}
-    assert not held & {t.data_ptr() for t in (*twin.parameters(), *twin.buffers())}
-
-
-def test_a_duplicate_of_a_layer_with_a_hook_has_it_too() -> None:
-    network, called = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), []
-    network[0].register_forward_hook(lambda *_: called.append(1))
-    twin = duplicate(network)
-    twin(torch.zeros(1, 3))
-    assert called == [1]
-    twin[1].register_forward_hook(lambda *_: called.append(2))
-    network(torch.zeros(1, 3))
-    assert called == [1, 1]  # a hook of the copy is not the original's
 
 
 def test_compact_leaves_the_original_untouched() -> None:

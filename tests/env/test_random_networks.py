@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from env.channels import ChannelPlan, adopt
+from env.channels import ChannelPlan
+from env.copies import adopt
 from env.zero_out import attach_zero_out
 
 torch.set_num_threads(1)
