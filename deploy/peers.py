@@ -20,7 +20,7 @@ from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from env.augment import normalise
 from env.channels import ChannelPlan, costs_of
-from env.compact_file import network_to_bytes
+from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
 from env.copies import duplicate
 from env.data import Dataset
 from env.errors import ZerooutError, first_line
@@ -88,6 +88,8 @@ def make_peers(
 
     A network that a peer cannot prune is said, and left out: the campaign does not need it.
     """
+    if not config.peers:
+        return
     there = dataset.to(default_device())
     for target in config.episode.targets:
         for peer in config.peers:
@@ -97,14 +99,26 @@ def make_peers(
             progress.stage("peers", f"{peer} at {target:.2%}")
             try:
                 network, origin = METHODS[peer](Commission(folder, config, there, baseline, progress, target))
+                payload = _kept(network, baseline.form, there)
             except ZerooutError:
                 raise  # a full disk, a loss that is not finite: nothing of the peer's
             except Exception as error:  # somebody's network may hold anything, and the peer may not know it
                 progress.note(f"{peer} at {target:.2%}: left out, as it cannot prune this network: {first_line(error)}")
                 continue
             path.parent.mkdir(exist_ok=True)
-            write_atomic(path, network_to_bytes(network, baseline.form))
+            write_atomic(path, payload)
             write_json(path.with_suffix(".json"), {**origin, "episode": None})
+
+
+def _kept(network: nn.Module, form: NetworkForm, dataset: Dataset) -> bytes:
+    """The network as a file; RuntimeError where what is read back would be another, as a peer cuts what we do not."""
+    payload = network_to_bytes(network, form)
+    images = torch.rand(2, *dataset.image_shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before, after = network.cpu().eval()(images), network_from_bytes(payload, form)(images)
+    if before.shape != after.shape or not torch.allclose(before, after, rtol=1e-3, atol=1e-3):
+        raise RuntimeError("the pruned network cannot be rebuilt from its file")
+    return payload
 
 
 def best_of_torch_pruning(wanted: Commission) -> tuple[nn.Module, dict[str, Any]]:

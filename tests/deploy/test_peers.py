@@ -119,6 +119,19 @@ def test_a_network_that_a_peer_cannot_prune_is_said_and_left_out(
     assert "a layer nobody knows" in said
 
 
+def test_a_network_that_its_file_would_not_give_back_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(_: Commission) -> tuple[nn.Module, dict[str, object]]:
+        network = small(width=0.1)
+        return nn.Sequential(network, nn.Linear(10, 10)), {"policy": "other", "images": 0}
+
+    monkeypatch.setitem(METHODS, "uniform", other)
+    folder, said = made(replace(parse(CAMPAIGN), peers=("uniform",)), tmp_path)
+    assert not candidate_path(folder, "uniform", 0.9).exists()
+    assert "left out, as it cannot prune this network: the pruned network cannot be rebuilt" in " ".join(said.split())
+
+
 def test_uniform_is_trained_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a training that does nothing, its weights are fresh ones; all widths are one share of the baseline's."""
     monkeypatch.setattr(deploy.peers, "train_shown", lambda *_, **__: None)
