@@ -2,8 +2,8 @@
 
 Called by the environment in every step, and by `env/training.py` for whole trainings.
 
-Images go in as channels_last and the layers follow, on a CPU those of env/cpu_layers.py; weights stay as they are, so
-that saving and slicing them never meets odd strides.
+Images go in as channels_last, where the network can read them, and the layers follow, on a CPU those of
+env/cpu_layers.py; weights stay as they are, so that saving and slicing them never meets odd strides.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from env.augment import augment, normalise
 from env.captured import WORTH, captured
+from env.copies import duplicate
 from env.cpu_layers import cpu_layers, judges_channels_last, keep_freed_memory, quick_form
 from env.data import DataConfig, Dataset, require_batch
 from env.errors import NonFiniteError
@@ -36,6 +37,8 @@ __all__ = [
     "set_rate",
     "update",
 ]
+
+_READS: dict[frozenset[type], bool] = {}  # of `_reads_channels_last`
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ def evaluate(
     try:
         with torch.inference_mode(), _layers(network, split.images.device):
             ordered = split.images.device.type != "cpu" or judges_channels_last(network)
+            ordered = ordered and _reads_channels_last(network, normalise(split.images[:1], mean, std))
             for start in range(0, len(split), batch_size):
                 images = normalise(split.images[start : start + batch_size], mean, std)
                 images = _channels_last(images) if ordered else images
@@ -151,7 +155,7 @@ def update(
 def logits_of(network: nn.Module, images: Tensor, *, precision: str) -> Tensor:
     """The network's answer to normalised images [B, C, H, W], the quickest way: float32 [B, classes]."""
     misread = (_misread(module) and quick_form(module) is None for module in network.modules())
-    if images.device.type != "cpu" or not any(misread):
+    if (images.device.type != "cpu" or not any(misread)) and _reads_channels_last(network, images[:1]):
         images = _channels_last(images)
     with _layers(network, images.device), _autocast(images.device, precision):
         return cast(Tensor, network(images)).float()
@@ -233,6 +237,24 @@ def _misread(module: nn.Module) -> bool:
         and max(module.stride) > 1
         and module.in_channels // module.groups < 16
     )
+
+
+def _reads_channels_last(network: nn.Module, image: Tensor) -> bool:
+    """Whether the network's forward can: one that calls `view` on feature maps cannot.
+
+    Tried once for all networks of the same modules, by one image [1, C, H, W].
+    """
+    kind = frozenset(type(module) for module in network.modules())
+    if kind not in _READS:
+        trial = duplicate(network).eval()
+        with torch.no_grad():
+            try:
+                trial(_channels_last(image))
+                _READS[kind] = True
+            except RuntimeError:
+                trial(image.contiguous())  # and what is wrong with it otherwise is said here
+                _READS[kind] = False
+    return _READS[kind]
 
 
 def _channels_last(images: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
+from brought import Viewing
 from torch import nn
 
 from env.data import DataConfig, Dataset, load_dataset
@@ -175,7 +176,7 @@ def seen_layouts(tested: nn.Module) -> list[bool]:
     )
     loss = retrain(tested, FEW, DataConfig(), minibatches=2, batch_size=32, learning_rate=0.05, seed=1)
     assert 0 < loss < 10
-    return seen
+    return seen[-2:]  # before them it may have been tried whether it reads channels_last at all
 
 
 @pytest.mark.parametrize("width", [0.06, 0.25])
@@ -193,3 +194,25 @@ def test_narrow_strided_1x1_convolutions_of_an_odd_kind_get_no_channels_last_ima
     tested = resnet18(channels=1, width=0.06)
     tested.get_submodule("stages.1.0.shortcut.0").__class__ = Odd
     assert seen_layouts(tested) == [False, False]
+
+
+class Reshaping(Viewing):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.classifier(self.maps(images).flatten(1)))
+
+
+def test_a_forward_that_views_its_maps_gets_images_that_it_can_view() -> None:
+    """Flattening by `view`, as many networks do, is the same as by `reshape`, in training and in judging."""
+    viewing, reshaping = Viewing(1, 10), Reshaping(1, 10)
+    reshaping.load_state_dict(viewing.state_dict())
+    losses = [short(tested, minibatches=3) for tested in (viewing, reshaping)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    judged = [evaluate(tested, FEW.validation, FEW.mean, FEW.std) for tested in (viewing, reshaping)]
+    assert judged[0].cross_entropy == pytest.approx(judged[1].cross_entropy, rel=1e-3)
+    assert viewing.training
+    assert reshaping.training
+
+
+def test_what_is_wrong_with_a_forward_is_said_as_torch_says_it() -> None:
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        short(nn.Sequential(nn.Flatten(), nn.Linear(63, 10)), minibatches=1)
