@@ -33,10 +33,7 @@ def within_drop(recovery: Recovery) -> None:
     product = recovery.folder.recovered / LIMIT
     if product.is_file():
         return
-    rows = recovery.facts()
-    low = max((row for row in rows if _holds(recovery, row)), key=_preference, default=None)
-    beyond = [row for row in rows if low is None or row["target"] > low["target"]]
-    high = min(beyond, key=lambda row: float(row["compression"]), default=None)
+    low, high = _bracket(recovery)
     stuck = False
     while high is not None and not stuck and not _close(recovery, low, high):
         probe = _probe(recovery, low, high)
@@ -50,8 +47,21 @@ def within_drop(recovery: Recovery) -> None:
     write_json(product, {"model": model, "reason": _reason(recovery, low, high, stuck=stuck)})
 
 
-def _preference(row: dict[str, Any]) -> tuple[float, float]:
-    return row["target"], row["validation"]["accuracy"]
+def _bracket(recovery: Recovery) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The smallest network that holds, and the largest beyond it that does not; None where there is none."""
+    rows = recovery.facts()
+    low = max((row for row in rows if _holds(recovery, row)), key=_preference, default=None)
+    beyond = [row for row in rows if not _holds(recovery, row) and (low is None or _is_beyond(row, low))]
+    return low, min(beyond, key=lambda row: float(row["compression"]), default=None)
+
+
+def _preference(row: dict[str, Any]) -> tuple[int, float]:
+    """The smaller network, and of those that are as small the better."""
+    return int(row["compression"] / _RESOLUTION), row["validation"]["accuracy"]
+
+
+def _is_beyond(row: dict[str, Any], low: dict[str, Any]) -> bool:
+    return bool(row["target"] > low["target"] and row["compression"] > low["compression"])
 
 
 def _holds(recovery: Recovery, row: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig
-from deploy.folder import CampaignFolder, write_atomic, write_json
+from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from env.augment import normalise
@@ -29,7 +29,7 @@ from env.networks import initialise_anew
 from env.retraining import evaluate, retrain
 from env.seeds import derive_seed
 
-__all__ = ["Commission", "make_peers"]
+__all__ = ["Commission", "left_out", "make_peers"]
 
 STEPS = 10
 #: Torch-Pruning's: name, importance, whether all layers are ranked together.
@@ -81,12 +81,25 @@ class Commission:
         return evaluate(network, dataset.validation, dataset.mean, dataset.std, precision=precision).cross_entropy
 
 
+def left_out(folder: CampaignFolder, config: CampaignConfig) -> list[dict[str, Any]]:
+    """The peers that failed: "group", "target" and "reason" of each."""
+    found = []
+    for target in config.episode.targets:
+        for peer in config.peers:
+            facts = candidate_path(folder, peer, target).with_suffix(".json")
+            reason = read_json(facts).get("left_out") if facts.is_file() else None
+            if reason is not None:
+                found.append({"group": peer, "target": target, "reason": reason})
+    return found
+
+
 def make_peers(
     folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, baseline: Baseline, progress: Progress
 ) -> None:
     """Make what `config.peers` asks for, at each target; what is there already is kept.
 
-    A network that a peer cannot prune is said, and left out: the campaign does not need it.
+    Where a peer fails on a network, that is said and kept in place of what it would have made: the campaign does not
+    need it.
     """
     if not config.peers:
         return
@@ -94,8 +107,9 @@ def make_peers(
     for target in config.episode.targets:
         for peer in config.peers:
             path = candidate_path(folder, peer, target)
-            if path.is_file() and path.with_suffix(".json").is_file():
+            if path.with_suffix(".json").is_file():  # written last
                 continue
+            path.parent.mkdir(exist_ok=True)
             progress.stage("peers", f"{peer} at {target:.2%}")
             try:
                 network, origin = METHODS[peer](Commission(folder, config, there, baseline, progress, target))
@@ -103,9 +117,9 @@ def make_peers(
             except ZerooutError:
                 raise  # a full disk, a loss that is not finite: nothing of the peer's
             except Exception as error:  # somebody's network may hold anything, and the peer may not know it
-                progress.note(f"{peer} at {target:.2%}: left out, as it cannot prune this network: {first_line(error)}")
+                progress.note(f"{peer} at {target:.2%}: left out: {first_line(error)}")
+                write_json(path.with_suffix(".json"), {"left_out": first_line(error)})
                 continue
-            path.parent.mkdir(exist_ok=True)
             write_atomic(path, payload)
             write_json(path.with_suffix(".json"), {**origin, "episode": None})
 
@@ -181,16 +195,27 @@ def _pruned(wanted: Commission, network: nn.Module, criterion: str, target: floa
 
 def _once(wanted: Commission, network: nn.Module, criterion: str, ratio: float) -> nn.Module:
     make, together = CRITERIA[criterion]
-    last = [module for module in network.modules() if isinstance(module, PRODUCERS)][-1]
     pruner = tp.pruner.BasePruner(
         network, wanted.example, importance=make(), global_pruning=together, pruning_ratio=ratio,
-        max_pruning_ratio=_MOST_OF_A_LAYER, ignored_layers=[last],
+        max_pruning_ratio=_MOST_OF_A_LAYER, ignored_layers=[_classifier(network, wanted.example)],
     )  # fmt: skip
     if criterion.startswith("Taylor"):
         _gradients(wanted, network)
     pruner.step()
     network.zero_grad(set_to_none=True)
     return network
+
+
+def _classifier(network: nn.Module, example: Tensor) -> nn.Module:
+    """The convolution or linear layer that is called last, whose outputs are the logits."""
+    called: list[nn.Module] = []
+    producers = [module for module in network.modules() if isinstance(module, PRODUCERS)]
+    hooks = [module.register_forward_hook(lambda module, *_: called.append(module)) for module in producers]
+    with torch.no_grad():
+        network.eval()(example)
+    for hook in hooks:
+        hook.remove()
+    return called[-1]
 
 
 def _gradients(wanted: Commission, network: nn.Module) -> None:

@@ -16,6 +16,8 @@ from deploy.agreement import agreement, importances, keep_mask_of
 from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
+from deploy.frontier import PEERS
+from deploy.peers import left_out
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from deploy.replace import FACTS
@@ -29,6 +31,7 @@ from env.splits import Split
 
 __all__ = ["LIMIT", "Recovery"]
 
+_PEERS_STEP = "the least that this peer could take and reach the target"
 LIMIT = "limit.json"  # in `recovered/`: which network deploy/limit.py found, and why
 
 
@@ -135,6 +138,7 @@ class Recovery:
             "measure": self.baseline.measure.name,
             **self._chosen(compared),
             "comparison": compared,
+            **({"left_out": missing} if (missing := left_out(self.folder, self.config)) else {}),
             "episodes": len(records),
             "seconds": round(sum(record["seconds"] for record in records), 1),
             "seed": self.config.seed,
@@ -207,7 +211,8 @@ class Recovery:
             "model": str(model.relative_to(self.folder.path)),
         }
         if abs(point["compression"] - point["target"]) > point["target"] * TOLERANCE and "probe" not in facts:
-            point["why_not_exact"] = self._why_not_exact(network)
+            is_peer = facts["group"] in PEERS
+            point["why_not_exact"] = _PEERS_STEP if is_peer else self._why_not_exact(network)
         return point
 
     def _named(self, policy: str) -> str:

@@ -41,6 +41,8 @@ _NAMES = {
     "random": "random search",
     "cem": "evolution (CEM)",
     "untrained": "the Controller as it began, learner off",
+    "torch-pruning": "Torch-Pruning",
+    "uniform": "a smaller network from scratch",
 }
 
 
@@ -233,8 +235,10 @@ def _recovered_alike(result: Record) -> str:
         "moves such a number by about a point."
     )
     if any(point["group"] in PEERS for point in controls):
-        note += " Torch-Pruning and the network from scratch play no episodes, so they are in this table alone."
-    return f"<h3>After recovery</h3>{table('After recovery', header, rows)}<p class=dim>{note}</p>"
+        note += " What Torch-Pruning made, and a network from scratch, stand here alone, as they play no episodes."
+    for missing in result.get("left_out") or []:
+        note += f" Left out: {_name(missing['group'])} at {percent(missing['target'], 1)} ({missing['reason']})."
+    return f"<h3>After recovery</h3>{table('After recovery', header, rows)}<p class=dim>{text(note)}</p>"
 
 
 def _group_table(records: Sequence[Record], target: float) -> str:

@@ -8,11 +8,31 @@ from rich.console import Console
 
 from deploy import cli
 from deploy.folder import CampaignFolder
-from deploy.limit import _reason
+from deploy.limit import _bracket, _reason
 
 
 def row(compression: float, drop: float) -> dict[str, Any]:
     return {"compression": compression, "drop": drop}
+
+
+def test_the_smallest_that_holds_is_the_one_though_it_overshot_its_target() -> None:
+    """Peers take more than was asked: what counts is what a network lacks, then its accuracy."""
+
+    def facts(target: float, compression: float, accuracy: float) -> dict[str, Any]:
+        return {"target": target, "compression": compression, "validation": {"accuracy": accuracy}}
+
+    rows = [
+        facts(0.5, 0.5001, 0.90), facts(0.5, 0.5002, 0.89), facts(0.5, 0.53, 0.895),  # the last a peer's
+        facts(0.8, 0.8, 0.85), facts(0.8, 0.81, 0.84),
+    ]  # fmt: skip
+    recovery: Any = SimpleNamespace(
+        facts=lambda: rows,
+        drop=lambda row: 100 * (0.9 - row["validation"]["accuracy"]),
+        config=SimpleNamespace(max_drop=1.0),
+    )
+    assert _bracket(recovery) == (rows[2], rows[3])
+    rows.pop(2)
+    assert _bracket(recovery) == (rows[0], rows[2])  # as small within the resolution, and better
 
 
 @pytest.mark.parametrize(

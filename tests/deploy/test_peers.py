@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig, dump, parse
 from deploy.folder import CampaignFolder, read_json
 from deploy.frontier import PEERS
-from deploy.peers import CRITERIA, METHODS, Commission, make_peers
+from deploy.peers import CRITERIA, METHODS, Commission, _classifier, left_out, make_peers
 from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
 from env.channels import costs_of
@@ -115,8 +116,30 @@ def test_a_network_that_a_peer_cannot_prune_is_said_and_left_out(
     folder, said = made(parse(CAMPAIGN), tmp_path)
     assert not candidate_path(folder, "torch-pruning", 0.9).exists()
     assert candidate_path(folder, "uniform", 0.9).is_file()
-    assert "torch-pruning at 90.00%: left out, as it cannot prune this network: none of" in " ".join(said.split())
+    assert "torch-pruning at 90.00%: left out: none of" in " ".join(said.split())
     assert "a layer nobody knows" in said
+    missing = left_out(folder, parse(CAMPAIGN))
+    assert [(row["group"], row["target"]) for row in missing] == [("torch-pruning", 0.5), ("torch-pruning", 0.9)]
+    again, said = made(parse(CAMPAIGN), tmp_path)
+    assert "peers" not in said  # neither made nor tried anew
+    assert left_out(again, parse(CAMPAIGN)) == missing
+
+
+class HeadFirst(nn.Module):
+    """Its classifier is registered first, and called last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+        self.body = nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return cast(torch.Tensor, self.head(self.body(images)))
+
+
+def test_the_classifier_is_what_is_called_last() -> None:
+    network = HeadFirst()
+    assert _classifier(network, torch.zeros(1, 1, 8, 8)) is network.head
 
 
 def test_a_network_that_its_file_would_not_give_back_is_left_out(
@@ -129,7 +152,7 @@ def test_a_network_that_its_file_would_not_give_back_is_left_out(
     monkeypatch.setitem(METHODS, "uniform", other)
     folder, said = made(replace(parse(CAMPAIGN), peers=("uniform",)), tmp_path)
     assert not candidate_path(folder, "uniform", 0.9).exists()
-    assert "left out, as it cannot prune this network: the pruned network cannot be rebuilt" in " ".join(said.split())
+    assert "left out: the pruned network cannot be rebuilt" in " ".join(said.split())
 
 
 def test_uniform_is_trained_from_scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
