@@ -65,10 +65,9 @@ def evaluate(
     try:
         with torch.inference_mode(), _layers(network, split.images.device):
             ordered = split.images.device.type != "cpu" or judges_channels_last(network)
-            ordered = ordered and _reads_channels_last(network, normalise(split.images[:1], mean, std))
             for start in range(0, len(split), batch_size):
                 images = normalise(split.images[start : start + batch_size], mean, std)
-                images = _channels_last(images) if ordered else images
+                images = _channels_last(images) if ordered and _reads_channels_last(network, images[:1]) else images
                 labels = split.labels[start : start + batch_size]
                 with _autocast(images.device, precision):
                     logits = network(images).float()

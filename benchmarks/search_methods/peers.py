@@ -17,11 +17,12 @@ from deploy.candidates import candidate_path
 from deploy.config import dump, load, parse
 from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.frontier import PEERS
-from deploy.peers import make_peers
+from deploy.peers import left_out, make_peers
 from deploy.prepare import default_device, preflight, prepare
 from deploy.progress import Progress, make_progress
 from deploy.recover import Recovery
 from env.compact_file import network_from_file
+from env.errors import ZerooutError
 
 
 def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
@@ -33,7 +34,10 @@ def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
     folder = CampaignFolder.create(out, dump(config), lambda there: dump(parse(there)))
     baseline = prepare(folder, config, dataset, progress)
     target = config.episode.targets[-1]
-    make_peers(folder, replace(config, peers=(method,)), dataset, baseline, progress)
+    asked = replace(config, peers=(method,))
+    make_peers(folder, asked, dataset, baseline, progress)
+    if failed := left_out(folder, asked):
+        raise ZerooutError(f"{method}: {failed[0]['reason']}; to try again, delete {folder.path}")
     made, model = candidate_path(folder, method, target), folder.recovered / f"{method}-{target}.safetensors"
     recovery = Recovery(folder, config, dataset, baseline, progress)
     origin = {"group": method, "target": target, **read_json(made.with_suffix(".json"))}

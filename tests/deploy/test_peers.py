@@ -1,6 +1,5 @@
 """Peers: networks that other methods leave beside the search's, on digits, and what becomes of those that cannot."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -23,6 +22,8 @@ from env.compact_file import network_from_file
 from env.errors import UserError
 from env.networks import initialise_anew, small
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAMPAIGN = """
 peers = ["torch-pruning", "uniform"]
 [network]
@@ -39,14 +40,6 @@ step_minibatches = 1
 recovery_minibatches = 3
 score_images = 64
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """Recovery: the chosen networks are retrained, with the baseline as teacher where that is asked."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
 from deploy.recover import Recovery
 from env.channels import ChannelPlan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAMPAIGN = """
 [network]
@@ -30,14 +31,6 @@ epochs = 3
 batch_size = 64
 learning_rate = 0.05
 """
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_the_baseline_teaches_the_compact_network(tmp_path: Path) -> None:
