@@ -26,6 +26,7 @@ def decider(
     controller: Controller,
     offsets: np.ndarray | None,
     allocation: str = "",
+    like: torch.Tensor | None = None,
 ) -> Policy:
     """Return the policy of one episode.
 
@@ -36,13 +37,14 @@ def decider(
         controller: plays where the order says "controller" or "controller-untrained".
         offsets: of `next_candidate`.
         allocation: of a rule that scores filters, `agents.policies.ALLOCATIONS`; "" is its usual one.
+        like: int64 [L], the widths that such a rule ends with; None where they are its own affair.
 
     """
     if chosen.policy in ("controller", "controller-untrained"):
         return ControllerPolicy(controller, epsilon=chosen.epsilon, sigma=chosen.sigma, seed=chosen.seed)
     if offsets is not None:
         return LayerOffsets(plan, torch.from_numpy(offsets))
-    return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure, allocation=allocation)
+    return heuristic(chosen.policy, plan, seed=chosen.seed, measure=measure, allocation=allocation, like=like)
 
 
 def next_candidate(

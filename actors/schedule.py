@@ -47,6 +47,8 @@ class ScheduleConfig:
 
     method: str = "controller"  # of METHODS; a rule other than it plays in the driver, without Ray and Redis
     allocation: str = ""  # of a method that scores filters: "global" | "uniform" | "balanced"; "" is its usual one
+    # Instead of it, a compact network's file: of each layer stays as much as is left of it there, or in proportion.
+    like: str = ""
     episodes: int = 0  # per group; 0 is the source's rule, twice the number of actors (and one for a rule alone)
     actors: int = 2
     # Of the episodes, at the start, played by heuristics; 0, as the Controller's own first rule is the best of them
@@ -104,6 +106,13 @@ class ScheduleConfig:
                 expected=f"{' | '.join(ALLOCATIONS)}, with search.method = {' | '.join(SCORING)}",
                 got=f"{self.allocation!r} with {self.method}",
                 remedy="leave it out, or choose one of them",
+            )
+        if self.like and (self.allocation or self.method not in SCORING):
+            raise UserError(
+                "search.like",
+                expected=f"no search.allocation beside it, and search.method = {' | '.join(SCORING)}",
+                got=f"{self.allocation!r} with {self.method}",
+                remedy="leave one of them out",
             )
         if self.alone and self.controls:
             raise UserError(

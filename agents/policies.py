@@ -80,24 +80,35 @@ class _Given:
     plan: ChannelPlan
     generator: torch.Generator
     measure: str
+    like: Tensor  # int64 [L], widths to end with; empty where none are given
 
     def normal(self, sigma: float) -> Tensor:
         """A number for each layer, float32 [L]."""
         return sigma * torch.randn(len(self.plan.layers), generator=self.generator)
 
 
-def heuristic(name: str, plan: ChannelPlan, *, seed: int, measure: str = "parameters", allocation: str = "") -> Policy:
+def heuristic(
+    name: str,
+    plan: ChannelPlan,
+    *,
+    seed: int,
+    measure: str = "parameters",
+    allocation: str = "",
+    like: Tensor | None = None,
+) -> Policy:
     """One of `HEURISTICS`, by name.
 
     `seed` matters to the random ones alone, `measure` (one of `env.channels.MEASURES`) to what weighs costs. With
-    `allocation`, one of `ALLOCATIONS`, a rule that scores filters decides within layers alone.
+    `allocation`, one of `ALLOCATIONS`, a rule that scores filters decides within layers alone; so it does with `like`
+    (int64 [L]), towards whose widths all layers go in step.
     """
-    given = _Given(plan, torch.Generator().manual_seed(seed), measure)
+    widths = torch.zeros(0, dtype=torch.int64) if like is None else like
+    given = _Given(plan, torch.Generator().manual_seed(seed), measure, widths)
     if name in _SCORED:
         score, own = _SCORED[name]
-        rank = ALLOCATIONS[allocation or own](given, score)
-    elif allocation:
-        raise ValueError(f"{name} has an allocation of its own, got {allocation}")
+        rank = (ALLOCATIONS[allocation or own] if like is None else _in_step)(given, score)
+    elif allocation or like is not None:
+        raise ValueError(f"{name} has an allocation of its own, got {allocation or 'widths'}")
     else:
         rank = _DRAWN[name](given)
     return _Memoryless(rank, given.generator)
@@ -147,14 +158,25 @@ def _shares(given: _Given, score: _Score, offsets: Tensor) -> _Rank:
     plan = given.plan
 
     def rank(observation: Observation) -> Tensor:
-        alive = _alive(observation)[None]
-        kept = plan.kept_per_layer(alive)
-        gone = (plan.widths - kept)[0, plan.layer_of]
-        before = places_in_layers(places(-score(observation)[None], alive), alive, kept, plan)[0]
-        share = (gone + before) / plan.widths[plan.layer_of]
+        share = _gone_before(plan, score, observation) / plan.widths[plan.layer_of]
         return offsets[plan.layer_of] - share
 
     return rank
+
+
+def _gone_before(plan: ChannelPlan, score: _Score, observation: Observation) -> Tensor:
+    """How many of its layer go before each filter, those that are gone among them: int64 [F]."""
+    alive = _alive(observation)[None]
+    kept = plan.kept_per_layer(alive)
+    before = places_in_layers(places(-score(observation)[None], alive), alive, kept, plan)[0]
+    return (plan.widths - kept)[0, plan.layer_of] + before
+
+
+def _in_step(given: _Given, score: _Score) -> _Rank:
+    """All layers arrive together at the widths that are given; one that is to stay as wide as it is goes last."""
+    plan = given.plan
+    way = (plan.widths - given.like).clamp(min=_NO_WAY)[plan.layer_of]
+    return lambda observation: -(_gone_before(plan, score, observation) + 1) / way
 
 
 def _uniform(given: _Given, score: _Score) -> _Rank:
@@ -167,6 +189,9 @@ ALLOCATIONS: dict[str, Callable[[_Given, _Score], _Rank]] = {
     "uniform": _uniform,
     "balanced": _balanced,
 }
+
+#: Filters; what a layer is divided by that is not to become narrower.
+_NO_WAY = 1e-3
 
 #: Spread of the random allocation: shares of a layer's width, so that layers end between nearly full and nearly empty.
 _ALLOCATION_SIGMA = 0.3

@@ -32,6 +32,7 @@ from benchmarks.ledger import Ledger, Row
 from benchmarks.search_methods.greedy import Taught, write_curve
 from benchmarks.search_methods.page import write_page
 from benchmarks.step import cpu_name
+from deploy.candidates import candidate_path
 from deploy.config import CampaignConfig, parse
 from deploy.controller_file import read_controller
 from deploy.folder import CampaignFolder, read_json
@@ -47,8 +48,10 @@ PEERS = ("torch-pruning", "uniform")
 LEARNERS = {"controller": True, "fresh": False}
 AGENTS = {"frozen": True, "untrained": False, **LEARNERS}
 #: A rule by its score and by how much of each layer goes, as it was before it had a name, which its rows go by.
-RULES = {"balanced-l1": ("uniform-l1", "balanced")}
+RULES = {"balanced-l1": ("uniform-l1", "balanced"), "profile": ("uniform-l1", "")}
 METHODS = (*AGENTS, "cem", *RULES, "balanced", "taylor", "gamma", "random", *PEERS)
+#: On whose network the Controller says which widths `profile` holds to; one that has taught it.
+PROFILE_SEED = 0
 
 EPILOG = """\
 The methods; each seed has one baseline, trained once, and every method starts from it:
@@ -61,6 +64,8 @@ The methods; each seed has one baseline, trained once, and every method starts f
   taylor, balanced, gamma
                    a rule repeated with fresh minibatches; balanced is the Controller's prior alone
   balanced-l1      the same, but L1 says which filters of a layer go: what teaching came to prefer (trial 21)
+  profile          L1 within layers whose widths are fixed: those that the Controller which comes with Zeroout plays
+                   without exploration on the network of seed 0, to be told how much of it is one table of widths
   random           a random share of each layer, L1 within
   torch-pruning    the best on validation of five criteria, each at once and in ten steps
   uniform          all widths multiplied alike, trained from scratch as long as the baseline
@@ -249,24 +254,41 @@ class Bench:
 
     def greedy(self, seed: int, taught: Taught) -> Row | None:
         """The row of what a Controller plays without exploration; made if it is missing and there is time."""
-        cell = replace(self.cell, episodes=1, extra=(*TEACHING, *self.cell.extra, "search.sigma=0.0"))
-        config, begun = taught_by(cell.config(seed, "untrained", None), taught)
-        mark = fingerprint(config, without=("sequence", "replay", "learner"), beyond={"begun": begun})
+        _, mark = self.exploring_nothing(seed, taught)
         row = self.ledger.row(mark, seed=seed, method="greedy")
-        weights = self.baseline(seed) if row is None else None
-        if weights is None or time.time() > self.deadline_s:
-            return row
-        config = replace(config, network=replace(config.network, weights=str(weights)))
-        what, out = f"greedy after {taught.episodes}, seed {seed}", self.work / f"{cell.name}-{seed}-greedy-{mark}"
-        run(["benchmarks.search_methods.greedy"], config, out, what, self.deadline_s)
-        for record in CampaignFolder(out).read_episodes():
+        out = self.play_greedily(seed, taught) if row is None else None
+        for record in out.read_episodes() if out is not None else []:
             point = record["targets"][-1]
             row = {"method": "greedy", "seed": seed, "learned": taught.episodes, "fingerprint": mark,
                    "return": record["return"], "macs": point["macs"], "validation": point["accuracy"],
                    "machine": cpu_name(), "commit": commit()}  # fmt: skip
             self.ledger.add([row])
-            print(f"{what}: return {row['return']:.4f}", flush=True)
+            print(f"greedy after {taught.episodes}, seed {seed}: return {row['return']:.4f}", flush=True)
         return row
+
+    def exploring_nothing(self, seed: int, taught: Taught) -> tuple[CampaignConfig, str]:
+        """The one episode that a Controller plays without exploration, and its fingerprint."""
+        cell = replace(self.cell, episodes=1, extra=(*TEACHING, *self.cell.extra, "search.sigma=0.0"))
+        config, begun = taught_by(cell.config(seed, "untrained", None), taught)
+        return config, fingerprint(config, without=("sequence", "replay", "learner"), beyond={"begun": begun})
+
+    def play_greedily(self, seed: int, taught: Taught) -> CampaignFolder | None:
+        """Play that episode, once; None where time is over."""
+        config, mark = self.exploring_nothing(seed, taught)
+        weights = self.baseline(seed)
+        if weights is None or time.time() > self.deadline_s:
+            return None
+        config = replace(config, network=replace(config.network, weights=str(weights)))
+        out = self.work / f"{replace(self.cell, episodes=1).name}-{seed}-greedy-{mark}"
+        what = f"greedy after {taught.episodes}, seed {seed}"
+        run(["benchmarks.search_methods.greedy"], config, out, what, self.deadline_s)
+        return CampaignFolder(out)
+
+    def profile(self) -> Path | None:
+        """The network whose widths `profile` holds to, of the Controller's one episode on `PROFILE_SEED`."""
+        out = self.play_greedily(PROFILE_SEED, comes_with(self.cell.network))
+        file = candidate_path(out, "untrained", self.cell.target) if out is not None else None
+        return file if file is not None and file.is_file() else None
 
     def row(self, seed: int, method: str) -> Row | None:
         """The row of this very configuration."""
@@ -276,6 +298,8 @@ class Bench:
         """Of what the method's result depends on: not where things lie, nor how others learn."""
         config = self.cell.config(seed, method, None)
         taught = {"taught": begun_with(config)} if method in AGENTS and config.controller_start else {}
+        if method == "profile":
+            taught = {"profile": [PROFILE_SEED, digest(comes_with(self.cell.network).weights)]}
         # an episode is the same with snapshots and without
         config = replace(config, search=replace(config.search, snapshot_period=0))
         ignored = [] if method in AGENTS else ["controller", "sequence", "replay", "learner"]
@@ -290,6 +314,11 @@ class Bench:
         if time.time() > self.deadline_s:
             return
         config, print_of = self.cell.config(seed, method, weights), self.fingerprint(seed, method)
+        if method == "profile":
+            like = self.profile()
+            if like is None:
+                return
+            config = replace(config, search=replace(config.search, like=str(like)))
         out = self.work / f"{self.cell.name}-{seed}-{method}-{print_of}"
         since = time.perf_counter()
         if method in PEERS:

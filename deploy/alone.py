@@ -14,6 +14,7 @@ from deploy.config import CampaignConfig
 from deploy.controller_file import read_controller
 from deploy.event_files import EventFiles
 from deploy.folder import CampaignFolder
+from deploy.like import widths_like
 from deploy.prepare import Baseline, default_device
 from deploy.progress import Progress
 from env.compression import CompressionEnv
@@ -39,6 +40,7 @@ def play_alone(
     importance = importance_of(config.search.method)
     env = CompressionEnv(recognizer, config.episode, features=True, importance=importance, seed=config.seed)
     start, measure = read_controller(config.controller_start), baseline.measure.name
+    like = widths_like(config.search.like, env.plan, baseline.start) if config.search.like else None
     controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
     records = folder.read_episodes()
     recorded = {record["id"] for record in records}
@@ -56,6 +58,7 @@ def play_alone(
                 controller=controller,
                 offsets=offsets,
                 allocation=config.search.allocation,
+                like=like,
             )
             played = _play(env, chosen, policy, config, progress)
             # networks first: a record says that its network is safe

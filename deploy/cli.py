@@ -107,6 +107,15 @@ AllocationOption = Annotated[
         "(equal shares) or balanced (least harm by narrowness); left out, what is usual with the method."
     ),
 ]
+LikeOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--like",
+        metavar="FILE",
+        help="Instead of an allocation: the .safetensors of a network that was pruned before, as wide as whose layers "
+        "these end, or in proportion; without --compression, where that one did.",
+    ),
+]
 CompressionOption = Annotated[
     list[float] | None, typer.Option(help="Share to remove, e.g. 0.9; may be given several times.")
 ]
@@ -158,6 +167,7 @@ def prune(
     data: DataOption = "",
     method: MethodOption = None,
     allocation: AllocationOption = None,
+    like: LikeOption = None,
     replace: Annotated[
         str | None,
         typer.Option(
@@ -186,7 +196,7 @@ def prune(
     extra = [
         *_what(model, weights, data),
         *_given({"replacement.how": replace, "replacement.share": share}),
-        *_by_rule(method or _usual(config), allocation, compression, measure, max_drop, steps),
+        *_by_rule(method or _usual(config), allocation, like, compression, measure, max_drop, steps),
     ]
     asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
     if share is not None and not asked.replacement.how:
@@ -227,6 +237,7 @@ def transfer(
     ] = None,
     method: MethodOption = None,
     allocation: AllocationOption = None,
+    like: LikeOption = None,
     compression: CompressionOption = None,
     measure: MeasureOption = "parameters",
     max_drop: MaxDropOption = None,
@@ -258,7 +269,7 @@ def transfer(
             "data.train_per_class": images_per_class,
         }
     )
-    extra += _by_rule(method or _usual(config), allocation, compression, measure, max_drop, steps)
+    extra += _by_rule(method or _usual(config), allocation, like, compression, measure, max_drop, steps)
     if config is None:
         extra += [f"{section}.learning_rate={_TRANSFER_RATE}" for section in ("baseline", "recovery")]
     asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
@@ -308,13 +319,14 @@ def _ruled(config: Any) -> Any:
 def _by_rule(
     method: str | None,
     allocation: str | None,
+    like: Path | None,
     compression: list[float] | None,
     measure: str,
     max_drop: float | None,
     steps: int,
 ) -> list[str]:
     """Overrides for one episode of one rule, from the options of the same names."""
-    targets = sorted(compression or ((0.9,) if max_drop is None else _FIRST_GUESSES))
+    targets = sorted(compression or (_as_in(like, measure) if max_drop is None else _FIRST_GUESSES))
     for target in targets:
         if not 0.0 < target < 1.0:
             raise UserError("--compression", expected="a share inside (0, 1)", got=str(target), remedy="give e.g. 0.9")
@@ -322,12 +334,22 @@ def _by_rule(
         raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
     return [
         *_given({"search.method": method, "search.allocation": allocation}),
+        *_given({"search.like": None if like is None else str(like.absolute())}),
         "search.episodes=1",
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",
         f"episode.waypoints={max(steps, len(targets))}",
         f"max_drop={-1.0 if max_drop is None else max_drop}",
     ]
+
+
+def _as_in(like: Path | None, measure: str) -> tuple[float, ...]:
+    """The target where none is given: how far the network went that this one is to be like."""
+    if like is None:
+        return (0.9,)
+    from deploy.like import removed_in
+
+    return (removed_in(str(like), measure),)
 
 
 def _what(model: str, weights: Path | None, data: str) -> list[str]:

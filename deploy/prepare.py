@@ -16,6 +16,7 @@ from torch import nn
 from deploy.config import CampaignConfig
 from deploy.controller_file import check_controller
 from deploy.folder import CampaignFolder, read_json, write_atomic, write_json
+from deploy.like import widths_like
 from deploy.progress import Progress
 from deploy.transfer import on_paper, transfer_facts, transferred
 from env.channels import ChannelPlan, costs_of
@@ -111,6 +112,8 @@ def preflight(
     problem = unreachable(plan, measure, config.episode)
     if problem is not None:
         raise problem
+    if config.search.like:
+        widths_like(config.search.like, plan, pruned)
     if config.replacement.how:
         require_filters(plan, config.replacement.share)
     _check_start(config, float(measure.compression(plan, plan.widths)))

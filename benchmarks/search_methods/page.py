@@ -25,6 +25,7 @@ COLOURS = {
     "cem": "#009E73",
     "balanced": "#56B4E9",
     "balanced-l1": "#2B6E8F",
+    "profile": "#6A3D9A",
     "taylor": "#0072B2",
     "gamma": "#E69F00",
     "random": "#8A8A8A",

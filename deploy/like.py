@@ -1,0 +1,63 @@
+"""What a compact network that is there already says to another of its kind: how wide each layer ends.
+
+Called where a rule decides alone (deploy/alone.py), before it (deploy/prepare.py), and by the command line.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from env.channels import ChannelPlan
+from env.compact_file import describe_layers, form_of_file, network_from_file
+from env.errors import UserError
+from env.measure import Measure
+
+__all__ = ["removed_in", "widths_like"]
+
+_DIGITS = 1e6  # a target that is a rounding error above what the widths remove would not be reached by them
+
+
+def widths_like(path: str, plan: ChannelPlan, network: nn.Module) -> Tensor:
+    """Filters of each layer of the compact network in a file, int64 [L].
+
+    Args:
+        path: of a file that `zeroout export` or a campaign has written.
+        plan: of `network`.
+        network: the whole one that is to become like it.
+
+    Raises:
+        UserError: as `network_from_file`, or the file is of another kind of network.
+
+    """
+    compact = network_from_file(path)
+    try:
+        layers = describe_layers(plan, network, compact)
+    except AttributeError as error:  # a module that the other does not have
+        raise _unlike(path, str(error)) from error
+    for layer in layers:
+        if not 1 <= layer["after"] <= layer["before"]:
+            raise _unlike(path, f"{layer['after']} filters in {layer['name']}, which has {layer['before']} here")
+    return torch.tensor([layer["after"] for layer in layers])
+
+
+def removed_in(path: str, measure: str) -> float:
+    """Which share of the whole network is gone in the compact one of a file, by one of `env.channels.MEASURES`.
+
+    UserError as `network_from_file`.
+    """
+    form = form_of_file(path)
+    network = form.build().eval()
+    plan = ChannelPlan(network, torch.zeros(1, form.channels, form.image_size, form.image_width or form.image_size))
+    counted = Measure(measure, int(plan.cost(measure, plan.widths)))
+    removed = float(counted.compression(plan, widths_like(path, plan, network)))
+    return math.floor(removed * _DIGITS) / _DIGITS
+
+
+def _unlike(path: str, got: str) -> UserError:
+    return UserError(
+        f"search.like {path}",
+        expected="a compact network of the same kind, no layer wider than here",
+        got=got,
+        remedy="give one that the same --model was pruned to",
+    )
