@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 the user's mistake (one clear line), 1 ours, 130 interrupt
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import sys
@@ -196,7 +195,7 @@ def prune(
     extra = [
         *_what(model, weights, data),
         *_given({"replacement.how": replace, "replacement.share": share}),
-        *_by_rule(method or _usual(config), allocation, like, compression, measure, max_drop, steps),
+        *_by_rule(config, method, allocation, like, compression, measure, max_drop, steps),
     ]
     asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
     if share is not None and not asked.replacement.how:
@@ -269,7 +268,7 @@ def transfer(
             "data.train_per_class": images_per_class,
         }
     )
-    extra += _by_rule(method or _usual(config), allocation, like, compression, measure, max_drop, steps)
+    extra += _by_rule(config, method, allocation, like, compression, measure, max_drop, steps)
     if config is None:
         extra += [f"{section}.learning_rate={_TRANSFER_RATE}" for section in ("baseline", "recovery")]
     asked = _ruled(load(config or _default_config(data), [*extra, *(overrides or [])]))
@@ -304,19 +303,29 @@ def _given(values: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in values.items() if value is not None]
 
 
-def _usual(config: Path | None) -> str | None:
-    """The rule of a campaign without a file of its own; one with a file may say another."""
-    return _RULE if config is None else None
+def _rule(config: Path | None, method: str | None) -> list[str]:
+    """Overrides for the rule that decides: the option's, else the file's, else the usual one.
+
+    Of a file whose Controller decides, nobody that would be compared with it stays.
+    """
+    from deploy.config import load
+
+    if config is not None and load(config).search.alone:
+        return _given({"search.method": method})
+    return [f'search.method="{method or _RULE}"', "search.controls=[]", "peers=[]"]
 
 
 def _ruled(config: Any) -> Any:
-    """The configuration with the usual rule, where neither an option nor the file says which one decides."""
-    if config.search.alone:
-        return config
-    return dataclasses.replace(config, search=dataclasses.replace(config.search, method=_RULE, controls=()), peers=())
+    """The same configuration; UserError where --set lets the Controller decide."""
+    if not config.search.alone:
+        raise UserError(
+            "search.method", expected="a rule", got="'controller'", remedy="leave it out; the Controller is zeroout run"
+        )
+    return config
 
 
 def _by_rule(
+    config: Path | None,
     method: str | None,
     allocation: str | None,
     like: Path | None,
@@ -333,8 +342,8 @@ def _by_rule(
     if steps < 1:
         raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
     return [
-        *_given({"search.method": method, "search.allocation": allocation}),
-        *_given({"search.like": None if like is None else str(like.absolute())}),
+        *_rule(config, method),
+        *_given({"search.allocation": allocation, "search.like": str(like.absolute()) if like else None}),
         "search.episodes=1",
         f"episode.targets={json.dumps(targets)}",
         f"episode.measure={json.dumps(measure)}",

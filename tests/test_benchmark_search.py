@@ -16,6 +16,7 @@ from benchmarks.ledger import Ledger
 from benchmarks.search_methods.greedy import write_curve
 from benchmarks.search_methods.page import write_page
 from deploy.config import load
+from env.compact_file import network_from_file
 
 
 def bench(work: Path, **changes: Any) -> search.Bench:
@@ -48,6 +49,24 @@ def test_each_campaign_begins_with_what_those_before_have_taught(
     again = bench(tmp_path)  # all of it is there
     assert again.greedy(1, again.teach([0, 1])[-1]) == played[-1]
     assert "greedy" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_profile_has_the_widths_that_the_controller_plays_on_the_first_network(tmp_path: Path) -> None:
+    ours = bench(tmp_path)
+    ours.run([1], ["profile"], jobs=1)
+    row = ours.row(1, "profile")
+    assert row is not None
+    assert [episode[0] for episode in row["episodes"]] == ["uniform-l1"] * 2
+    like, (config,) = ours.profile(), tmp_path.glob(f"{ours.cell.name}-1-profile-*.toml")
+    assert like is not None
+    assert load(config).search.like == str(like)
+    made = [
+        network_from_file(str(file))
+        for file in (like, config.with_suffix("") / "recovered" / "uniform-l1-0.8.safetensors")
+    ]
+    first, second = ([len(weights) for weights in network.parameters()] for network in made)
+    assert max(abs(one - other) for one, other in zip(first, second, strict=True)) <= 2  # to land on 0.8 all the same
 
 
 def test_a_page_compares_the_others_with_ours_on_test_and_by_the_later_half_of_the_episodes_by_hand(

@@ -37,6 +37,11 @@ def group(config: ScheduleConfig, name: str) -> list[EpisodeOrder]:
         ({"teacher_rules": ("taylor", "magic")}, r"search.teacher_rules: .* got \['taylor', 'magic'\]"),
         ({"allocation": "uniform"}, "search.allocation: expected global | uniform | balanced"),
         ({"method": "gamma", "allocation": "fair"}, "search.allocation: .* got 'fair' with gamma"),
+        ({"like": "a.safetensors"}, "search.like: expected no search.allocation beside it, .* got '' with controller"),
+        (
+            {"method": "taylor", "allocation": "uniform", "like": "a.safetensors"},
+            "search.like: expected no search.allocation beside it, .* got 'uniform' with taylor",
+        ),
     ],
 )
 def test_a_wrong_setting_is_named_with_its_value(changes: dict[str, Any], message: str) -> None:

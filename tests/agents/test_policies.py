@@ -102,6 +102,24 @@ def test_an_allocation_divides_between_layers_what_a_score_orders_within(
     assert ranking(heuristic(name, PLAN, seed=0, allocation=allocation).rank(observation())) == expected
 
 
+@pytest.mark.parametrize(
+    ("like", "expected"),
+    [
+        # of the ways 2 and 1: layer one, of which 1 is dead, 3 at 2/2, 4 at 3/2, 0 at 4/2, 1 at 5/2; layer two 1, 2, 3
+        ([3, 2], [3, 7, 4, 0, 5, 1, 6]),
+        ([5, 2], [7, 5, 6, 3, 4, 0, 1]),  # layer one has no way to go
+    ],
+)
+def test_all_layers_arrive_together_at_the_widths_that_are_given(like: list[int], expected: list[int]) -> None:
+    policy = heuristic("uniform-l1", PLAN, seed=0, like=torch.tensor(like))
+    assert ranking(policy.rank(observation())) == expected
+
+
+def test_what_draws_its_allocation_takes_no_widths() -> None:
+    with pytest.raises(ValueError, match="random-filters has an allocation of its own, got widths"):
+        heuristic("random-filters", PLAN, seed=0, like=torch.tensor([3, 2]))
+
+
 def test_what_draws_its_allocation_takes_no_other() -> None:
     with pytest.raises(ValueError, match="random-allocation has an allocation of its own, got uniform"):
         heuristic("random-allocation", PLAN, seed=0, allocation="uniform")
