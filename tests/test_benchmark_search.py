@@ -76,7 +76,7 @@ def test_a_page_compares_the_others_with_ours_on_test_and_by_the_later_half_of_t
         episodes = [[method, 0.0, value, 0] for value in returns]
         return {
             "method": method, "seed": seed, "test": test, "validation": 0.7, "baseline_validation": 0.8, "images": 9,
-            "seconds": 1.0, "machine": "one", "episodes": episodes,
+            "macs": 6_100_000 + 100_000 * seed, "seconds": 1.0, "machine": "one", "episodes": episodes,
         }  # fmt: skip
 
     rows = [
@@ -86,8 +86,9 @@ def test_a_page_compares_the_others_with_ours_on_test_and_by_the_later_half_of_t
     ]  # fmt: skip
     page = write_page("cell", rows, tmp_path, "command")
     # on test 1 and 3 points apart: mean 2, standard error 1, t = 2 with one degree of freedom
-    assert "| untrained | 2 | 74.00 (0.00) | 70.00 (0.00) | -10.00 | +2.00 (2 of 2 seeds) | 0.295 | 9 | 1 |" in page
-    assert "| fresh | 2 | 76.00 (1.41) | 70.00 (0.00) | -10.00 | - | - | 9 | 1 |" in page
+    theirs = "74.00 (0.00) | 70.00 (0.00) | -10.00 | +2.00 (2 of 2 seeds) | 0.295"
+    assert f"| untrained | 2 | {theirs} | 6.2 | 9 | 1 |\n" in page
+    assert "| fresh | 2 | 76.00 (1.41) | 70.00 (0.00) | -10.00 | - | - | 6.2 | 9 | 1 |" in page
     # the later halves: -0.2 and -0.2 against -0.4 and -0.3; t = 3
     assert "| untrained | -0.350 (0.071) | +0.150 (2 of 2 seeds) | 0.205 |" in page
     assert "| uniform | -" not in page.split("later half")[1]

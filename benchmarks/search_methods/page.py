@@ -49,8 +49,9 @@ def write_page(cell: str, rows: Sequence[Row], folder: Path, command: str) -> st
         "same seed, in points of validation accuracy.",
         *([f"Ours, {ours}, less theirs: paired by seed, on test; p of a paired t test, two-sided."] if ours else []),
         "",
-        "| method | n | test | validation | change | ours less theirs | p | images retrained | episodes' seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method | n | test | validation | change | ours less theirs | p | MACs left, millions | images retrained | "
+        "episodes' seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
         *(_line(name, by_method, ours) for name in order),
         "",
         "## Return of the later half of the episodes",
@@ -80,12 +81,12 @@ def _line(name: str, by_method: Mapping[str, Mapping[int, Row]], ours: str) -> s
     mine = by_method[name]
     change = [100 * (row["validation"] - row["baseline_validation"]) for row in mine.values()]
     validation = {seed: 100 * row["validation"] for seed, row in mine.items()}
-    images = statistics.fmean(row["images"] for row in mine.values())
-    seconds = statistics.fmean(row["seconds"] for row in mine.values())
+    macs = _mean(mine, "macs") / 1e6
+    images, seconds = _mean(mine, "images"), _mean(mine, "seconds")
     paired = _paired(_test(by_method.get(ours, {})), {} if name == ours else _test(mine))
     return (
         f"| {name} | {len(mine)} | {spread(_test(mine))} | {spread(validation)} | "
-        f"{statistics.fmean(change):+.2f} | {paired} | {images:,.0f} | {seconds:,.0f} |"
+        f"{statistics.fmean(change):+.2f} | {paired} | {macs:.1f} | {images:,.0f} | {seconds:,.0f} |"
     )
 
 
