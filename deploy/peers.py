@@ -5,8 +5,10 @@ Between search and recovery, for who asks for `peers`. Each leaves a network at 
 own (deploy/candidates.py), so that it is recovered and judged like every other.
 """
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
 from env.augment import normalise
 from env.channels import ChannelPlan, costs_of
-from env.compact_file import NetworkForm, network_from_bytes, network_to_bytes
+from env.compact_file import NetworkForm, network_from_bytes, network_from_file, network_to_bytes
 from env.copies import duplicate
 from env.data import Dataset
 from env.errors import ZerooutError, first_line
@@ -55,6 +57,11 @@ class Commission:
     baseline: Baseline
     progress: Progress
     target: float
+
+    @property
+    def attempts(self) -> Path:
+        """Where a peer may keep what it has tried, for a resume; deleted when it is through."""
+        return self.folder.path / "peers" / f"{self.target}"
 
     @property
     def example(self) -> Tensor:
@@ -111,8 +118,9 @@ def make_peers(
                 continue
             path.parent.mkdir(exist_ok=True)
             progress.stage("peers", f"{peer} at {target:.2%}")
+            wanted = Commission(folder, config, there, baseline, progress, target)
             try:
-                network, origin = METHODS[peer](Commission(folder, config, there, baseline, progress, target))
+                network, origin = METHODS[peer](wanted)
                 payload = _kept(network, baseline.form, there)
             except ZerooutError:
                 raise  # a full disk, a loss that is not finite: nothing of the peer's
@@ -122,6 +130,7 @@ def make_peers(
                 continue
             write_atomic(path, payload)
             write_json(path.with_suffix(".json"), {**origin, "episode": None})
+            shutil.rmtree(wanted.attempts, ignore_errors=True)
 
 
 def _kept(network: nn.Module, form: NetworkForm, dataset: Dataset) -> bytes:
@@ -151,29 +160,39 @@ def best_of_torch_pruning(wanted: Commission) -> tuple[nn.Module, dict[str, Any]
 
 def _tried(wanted: Commission) -> Iterator[tuple[float, str, nn.Module]]:
     """Cross-entropy after the short recovery, name and network of each criterion that reaches the target."""
-    episode = wanted.config.episode
     for criterion in CRITERIA:
         for steps in (1, STEPS):
             name = f"{criterion}, {steps} steps" if steps > 1 else f"{criterion}, at once"
-            network = duplicate(wanted.baseline.start).to(default_device())
+            kept = wanted.attempts / f"{name}.safetensors"
+            if kept.with_suffix(".json").is_file():  # written last
+                yield read_json(kept.with_suffix(".json"))["score"], name, network_from_file(str(kept))
+                continue
             try:
-                for step in range(1, steps + 1):
-                    network = _pruned(wanted, network, criterion, wanted.target * step / steps)
-                    wanted.retrained(
-                        network, episode.step_minibatches, episode.step_learning_rate, name=f"{criterion} {step}"
-                    )
-                wanted.retrained(
-                    network, episode.recovery_minibatches, episode.recovery_learning_rate,
-                    name="short recovery", decay=True,
-                )  # fmt: skip
-                score = wanted.cross_entropy(network)
+                network = _by_criterion(wanted, criterion, steps)
+                score, payload = wanted.cross_entropy(network), _kept(network, wanted.baseline.form, wanted.dataset)
             except ZerooutError:
                 raise
             except Exception as error:  # as of a network without batch-norm, whose scale it ranks by
                 wanted.progress.note(f"Torch-Pruning's {name}: {first_line(error)}")
                 continue
-            wanted.progress.note(f"{name}: {wanted.removed(network):.2%} removed, {score:.3f} nats")
+            removed = wanted.removed(network.to(default_device()))
+            wanted.progress.note(f"{name}: {removed:.2%} removed, {score:.3f} nats")
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(kept, payload)
+            write_json(kept.with_suffix(".json"), {"score": score})
             yield score, name, network
+
+
+def _by_criterion(wanted: Commission, criterion: str, steps: int) -> nn.Module:
+    """The baseline pruned in so many equal steps and retrained after each, then shortly recovered."""
+    episode, network = wanted.config.episode, duplicate(wanted.baseline.start).to(default_device())
+    for step in range(1, steps + 1):
+        network = _pruned(wanted, network, criterion, wanted.target * step / steps)
+        wanted.retrained(network, episode.step_minibatches, episode.step_learning_rate, name=f"{criterion} {step}")
+    wanted.retrained(
+        network, episode.recovery_minibatches, episode.recovery_learning_rate, name="short recovery", decay=True
+    )
+    return network
 
 
 def _pruned(wanted: Commission, network: nn.Module, criterion: str, target: float) -> nn.Module:

@@ -52,6 +52,7 @@ def few_criteria(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 
 def made(config: CampaignConfig, path: Path) -> tuple[CampaignFolder, str]:
     """The folder with what the peers left in it, and what was said."""
+    path.mkdir(exist_ok=True)
     folder, dataset = CampaignFolder.create(path / "out", dump(config)), preflight(config)
     with (path / "log").open("w") as log:
         progress = PlainProgress(Console(file=log, width=200))
@@ -97,6 +98,31 @@ def test_what_is_there_is_kept_and_a_killed_peer_made_again(tmp_path: Path, monk
     assert asked == [0.9]
     assert kept.stat().st_mtime_ns == before
     assert read_json(lost.with_suffix(".json"))["policy"] == "counted"
+
+
+def test_what_torch_pruning_has_tried_is_not_tried_again_after_a_kill(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = parse(CAMPAIGN.replace(', "uniform"', "").replace("[0.5, 0.9]", "[0.9]"))
+    whole, _ = made(config, tmp_path / "whole")
+    tried: list[str] = []
+    once = deploy.peers._by_criterion
+
+    def killed_in_the_third(wanted: Commission, criterion: str, steps: int) -> nn.Module:
+        tried.append(f"{criterion}, {steps}")
+        if len(tried) == 3:
+            raise KeyboardInterrupt
+        return once(wanted, criterion, steps)
+
+    monkeypatch.setattr(deploy.peers, "_by_criterion", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        made(config, tmp_path / "killed")
+    folder, _ = made(config, tmp_path / "killed")
+    assert tried == ["L2 uniform, 1", "L2 uniform, 3", "Taylor global, 1", "Taylor global, 1", "Taylor global, 3"]
+    expected, found = (candidate_path(one, "torch-pruning", 0.9) for one in (whole, folder))
+    assert found.read_bytes() == expected.read_bytes()
+    assert read_json(found.with_suffix(".json")) == read_json(expected.with_suffix(".json"))
+    assert not any((folder.path / "peers").iterdir())
 
 
 def test_a_network_that_a_peer_cannot_prune_is_said_and_left_out(
