@@ -15,15 +15,19 @@ Row = Mapping[str, Any]
 OURS = "controller"
 _NEAR = 0.006  # of two compressions that are compared
 _ALIKE = ("network", "width", "data", "epochs", "asked")  # what rows of one table share
+_START = (
+    "baseline_validation",
+    "baseline_test",
+)  # what tells networks of one seed apart that two machines have trained
 #: Okabe and Ito's colours, which colour-blind readers tell apart, twice: full and dashed lines.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
 _HEAD = """\
 Test accuracy in per cent, mean over seeds (standard deviation); the test split was opened once, after everything was
 decided on validation. Change: in points, from the same seed's network before it was pruned. Controller less this:
-paired by seed (seeds won, p of a paired t test, two-sided, each for itself). Removed: of the parameters, counted on the
-compact network; of the MACs beside it. Images: retrained on in the whole search, in thousands. Minutes: of the whole
-arm with all of its sizes. What is empty has not been measured."""
+of the changes, paired by seed (seeds won, p of a paired t test, two-sided, each for itself). Removed: of the
+parameters, counted on the compact network; of the MACs beside it. Images: retrained on in the whole search, in
+thousands. Minutes: of the whole arm with all of its sizes. What is empty has not been measured."""
 
 
 def write_page(rows: Sequence[Row], arms: Mapping[str, str], folder: Path, command: str) -> str:
@@ -63,25 +67,56 @@ def _name(table: Sequence[Row]) -> str:
 
 
 def _heading(table: Sequence[Row]) -> list[str]:
-    first, seeds = table[0], {row["seed"]: 100 * row["baseline_test"] for row in table}
+    first, (alike, apart) = table[0], _by_start(table)
+    seeds = {row["seed"]: 100 * row["baseline_test"] for row in alike}
     training, recovery = first["epochs"]
-    devices = ", ".join(sorted({row["device"] for row in table}))
     torch = ", ".join(sorted({row["torch"] for row in table}))
-    return [
+    lines = [
         f"## {first['network']}, width {first['width']:g}: {first['data']}",
         "",
         f"Before pruning {spread(seeds)} on test, n {len(seeds)}. {training} epochs of training, {recovery} of",
-        f"recovery. On {devices}; torch {torch}.",
+        f"recovery. On {_devices(alike)}; torch {torch}.",
     ]
+    if apart:
+        others = {row["seed"]: 100 * row["baseline_test"] for row in apart}
+        lines += [
+            "",
+            f"Arms with a * began, for some seeds, from networks that the same training made on {_devices(apart)}, not alike",
+            f"to the bit ({spread(others)} before pruning): their pairs are of two networks of a seed.",
+        ]
+    return lines
+
+
+def _devices(rows: Sequence[Row]) -> str:
+    return ", ".join(sorted({row["device"] for row in rows}))
+
+
+def _by_start(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows that began from the network which the Controller's of their seed did (or the first), and the others."""
+    starts: dict[int, tuple[float, ...]] = {}
+    for row in sorted(table, key=lambda row: row["arm"] != OURS):
+        starts.setdefault(row["seed"], _start(row))
+    alike, apart = [], []
+    for row in table:
+        (alike if _start(row) == starts[row["seed"]] else apart).append(row)
+    return alike, apart
+
+
+def _start(row: Row) -> tuple[float, ...]:
+    return tuple(row[name] for name in _START)
 
 
 def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> list[str]:
     head = "| arm | n | test | change | Controller less this | removed | MACs removed | validation | images | minutes |"
-    ours = {row["seed"]: 100 * row["test"] for row in table if (row["arm"], row["target"]) == (OURS, target)}
+    ours = _changes([row for row in table if (row["arm"], row["target"]) == (OURS, target)])
+    elsewhere = {row["arm"] for row in _by_start(table)[1]}
     lines = [head, f"|{'---|' * 10}"]
     for arm, words in arms.items():
         mine = [row for row in table if (row["arm"], row["target"]) == (arm, target)]
-        lines.append(f"| {words} | {' | '.join(_cells(mine, ours if arm != OURS else {}) if mine else [''] * 9)} |")
+        mark = " *" if mine and arm in elsewhere else ""
+        lines.append(
+            f"| {words}{mark} | {' | '.join(_cells(mine, ours if arm != OURS else {}) if mine else [''] * 9)} |"
+        )
     others = [known for known in _published(table[0]["network"]) if abs(known.compression - target) <= 0.015]
     if others:
         lines += ["", "Published, at full width on the official CIFAR-10: " + "; ".join(map(_told, others)) + "."]
@@ -89,8 +124,7 @@ def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> 
 
 
 def _cells(mine: Sequence[Row], ours: Mapping[int, float]) -> list[str]:
-    test = {row["seed"]: 100 * row["test"] for row in mine}
-    change = {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in mine}
+    test, change = {row["seed"]: 100 * row["test"] for row in mine}, _changes(mine)
 
     def mean(key: str) -> float:
         return statistics.fmean(row[key] for row in mine)
@@ -99,13 +133,18 @@ def _cells(mine: Sequence[Row], ours: Mapping[int, float]) -> list[str]:
         str(len(mine)),
         spread(test),
         spread(change),
-        str(difference(ours, test) or ""),
+        str(difference(ours, change) or ""),
         f"{100 * mean('compression'):.2f}",
         f"{100 * mean('macs_removed'):.1f}",
         f"{100 * mean('validation'):.2f}",
         f"{mean('images') / 1000:,.0f}",
         f"{mean('wall_s') / 60:.1f}",
     ]
+
+
+def _changes(rows: Sequence[Row]) -> dict[int, float]:
+    """By seed, in points of test accuracy."""
+    return {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in rows}
 
 
 def _published(network: str) -> Sequence[Published]:
@@ -131,8 +170,7 @@ def _against_others(rows: Sequence[Row]) -> list[str]:
             closest = min((abs(row["target"] - known.compression) for row in near), default=math.inf)
             mine = [row for row in near if abs(row["target"] - known.compression) == closest]
             test = {row["seed"]: 100 * row["test"] for row in mine}
-            change = {row["seed"]: 100 * (row["test"] - row["baseline_test"]) for row in mine}
-            ours = [spread(test), spread(change), str(len(mine))] if mine else ["", "", "0"]
+            ours = [spread(test), spread(_changes(mine)), str(len(mine))] if mine else ["", "", "0"]
             theirs = "" if known.accuracy is None else f"{100 * known.accuracy:.2f}"
             moved = "" if known.change is None else f"{known.change:+.2f}"
             who = f"{known.who}, {known.note}" if known.note else known.who
@@ -170,7 +208,7 @@ def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
             [_odds(each.compression) for each in known], [100 * float(each.accuracy or 0) for each in known],
             "k*", label="published (official CIFAR-10)",
         )  # fmt: skip
-    given = statistics.fmean({row["seed"]: 100 * row["baseline_test"] for row in table}.values())
+    given = statistics.fmean({row["seed"]: 100 * row["baseline_test"] for row in _by_start(table)[0]}.values())
     axes.axhline(given, color="#8A8A8A", linewidth=0.8, linestyle=":", label="before pruning")
     axes.set_xticks([_odds(target) for target in targets], [f"{100 * target:g}" for target in targets])
     axes.set(

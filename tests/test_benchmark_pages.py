@@ -151,6 +151,20 @@ def test_the_page_of_tables_sets_every_arm_beside_the_controller_and_the_publish
     assert "CLR-RNF at 94.95% 93.32, +0.30 points." in of_last
 
 
+def test_what_began_from_another_machines_network_is_marked_and_paired_by_its_change() -> None:
+    arms = {name: arm.about for name, arm in tables.ARMS.items()}
+    rows = [cell("hrank", seed, 0.92, 0.91, baseline_test=0.95, device="another") for seed in range(2)]
+    rows += [cell("controller", seed, 0.92, 0.92 + 0.01 * seed) for seed in range(2)]
+    rows += [cell("taylor", seed, 0.92, 0.91) for seed in range(2)]
+    said = tables_page.page(rows, arms, "command")
+    assert "Before pruning 93.00 (0.00) on test, n 2." in said
+    assert "On a card; torch 2.13." in said
+    assert "made on another, not alike\nto the bit (95.00 (0.00) before pruning)" in said
+    # -1 and 0 against -4 and -4
+    assert "| HRank repeated * | 2 | 91.00 (0.00) | -4.00 (0.00) | +3.50 (2 of 2, p 0.090) |" in said
+    assert "| Taylor repeated | 2 | 91.00 (0.00) | -2.00 (0.00) | +1.50 (2 of 2, p 0.205) |" in said
+
+
 def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
     def bench(network: str, data: str = "images") -> tables.Bench:
         return tables.Bench(
