@@ -81,8 +81,8 @@ def _heading(table: Sequence[Row]) -> list[str]:
         others = {row["seed"]: 100 * row["baseline_test"] for row in apart}
         lines += [
             "",
-            f"Arms with a * began, for some seeds, from networks that the same training made on {_devices(apart)}, not alike",
-            f"to the bit ({spread(others)} before pruning): their pairs are of two networks of a seed.",
+            f"Arms with a * began, for some seeds, from networks that the same training made on {_devices(apart)},",
+            f"not alike to the bit ({spread(others)} before pruning): their pairs are of two networks of a seed.",
         ]
     return lines
 
