@@ -15,10 +15,8 @@ Row = Mapping[str, Any]
 OURS = "controller"
 _NEAR = 0.006  # of two compressions that are compared
 _ALIKE = ("network", "width", "data", "epochs", "asked")  # what rows of one table share
-_START = (
-    "baseline_validation",
-    "baseline_test",
-)  # what tells networks of one seed apart that two machines have trained
+#: What tells networks of one seed apart that two machines have trained.
+_START = ("baseline_validation", "baseline_test")
 #: Okabe and Ito's colours, which colour-blind readers tell apart, twice: full and dashed lines.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 
