@@ -4,18 +4,18 @@ Called where a rule decides alone (deploy/alone.py), before it (deploy/prepare.p
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from env.channels import ChannelPlan
+from env.channels import ChannelPlan, costs_of
 from env.compact_file import describe_layers, form_of_file, network_from_file
 from env.errors import UserError
-from env.measure import Measure
 
 __all__ = ["removed_in", "widths_like"]
 
-_DIGITS = 1e6  # a target that is a rounding error above what the widths remove would not be reached by them
+_ROUNDED = 1e6  # down to a millionth: a target that is a rounding error too high would not be reached by the widths
 
 
 def widths_like(path: str, plan: ChannelPlan, network: nn.Module) -> Tensor:
@@ -42,16 +42,15 @@ def widths_like(path: str, plan: ChannelPlan, network: nn.Module) -> Tensor:
 
 
 def removed_in(path: str, measure: str) -> float:
-    """Which share of the whole network is gone in the compact one of a file, by one of `env.channels.MEASURES`.
+    """Which share of the network as given is gone in the compact one of a file, by one of `env.channels.MEASURES`.
 
     UserError as `network_from_file`.
     """
     form = form_of_file(path)
-    network = form.build().eval()
-    plan = ChannelPlan(network, torch.zeros(1, form.channels, form.image_size, form.image_width or form.image_size))
-    counted = Measure(measure, int(plan.cost(measure, plan.widths)))
-    removed = float(counted.compression(plan, widths_like(path, plan, network)))
-    return math.floor(removed * _DIGITS) / _DIGITS
+    as_given = replace(form, network=replace(form.network, skips="coupled")).build().eval()
+    example = torch.zeros(1, form.channels, form.image_size, form.image_width or form.image_size)
+    before, after = (costs_of(network, example)[measure] for network in (as_given, network_from_file(path)))
+    return math.floor((1.0 - after / before) * _ROUNDED) / _ROUNDED
 
 
 def _unlike(path: str, got: str) -> UserError:

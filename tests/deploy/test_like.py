@@ -55,6 +55,12 @@ def test_a_file_says_how_wide_its_layers_are_and_how_much_is_gone(tmp_path: Path
     for measure in MEASURES:
         removed = 1 - int(plan.cost(measure, torch.tensor(KEPT))) / int(plan.cost(measure, plan.widths))
         assert removed_in(file, measure) == math.floor(removed * 1e6) / 1e6
+    convolved = NetworkForm(
+        network=NetworkConfig(name="resnet18", width=0.1, skips="convolution"), channels=1, classes=10, image_size=8
+    )
+    assert (
+        removed_in(pruned(tmp_path / "whole.safetensors", convolved, kept=[]), "parameters") < 0
+    )  # has more than given
     before = sum(parameter.numel() for parameter in network.parameters())
     after = sum(parameter.numel() for parameter in network_from_file(file).parameters())
     assert removed_in(file, "parameters") == pytest.approx(1 - after / before, abs=1e-6)
