@@ -111,8 +111,8 @@ class ScheduleConfig:
             raise UserError(
                 "search.like",
                 expected=f"no search.allocation beside it, and search.method = {' | '.join(SCORING)}",
-                got=f"{self.allocation!r} with {self.method}",
-                remedy="leave one of them out",
+                got=f"search.allocation = {self.allocation!r}, search.method = {self.method!r}",
+                remedy="change these, or leave --like out",
             )
         if self.alone and self.controls:
             raise UserError(

@@ -40,7 +40,9 @@ def play_alone(
     importance = importance_of(config.search.method)
     env = CompressionEnv(recognizer, config.episode, features=True, importance=importance, seed=config.seed)
     start, measure = read_controller(config.controller_start), baseline.measure.name
-    like = widths_like(config.search.like, env.plan, baseline.start) if config.search.like else None
+    like = None
+    if config.search.like:
+        like = widths_like(config.search.like, config.network, env.plan, baseline.start)
     controller = fresh_controller(config.controller, env.plan, measure, start=start, seed=config.seed).eval()
     records = folder.read_episodes()
     recorded = {record["id"] for record in records}

@@ -338,7 +338,8 @@ def _by_rule(
     targets = sorted(compression or (_as_in(like, measure) if max_drop is None else _FIRST_GUESSES))
     for target in targets:
         if not 0.0 < target < 1.0:
-            raise UserError("--compression", expected="a share inside (0, 1)", got=str(target), remedy="give e.g. 0.9")
+            option = "--compression" if compression or like is None else f"what is removed in --like {like}"
+            raise UserError(option, expected="a share inside (0, 1)", got=str(target), remedy="give e.g. 0.9")
     if steps < 1:
         raise UserError("--steps", expected="at least 1", got=str(steps), remedy="leave it out, or give e.g. 10")
     return [

@@ -101,6 +101,13 @@ class CampaignConfig:
                 got=repr(self.max_drop),
                 remedy="1.0 allows one point",
             )
+        if self.has_limit and self.search.like:
+            raise UserError(
+                "search.like",
+                expected="no max_drop beside it, as its widths are of one size",
+                got=f"{self.search.like} and max_drop = {self.max_drop:g}",
+                remedy="leave one of the two out",
+            )
         if not set(self.peers) <= set(PEERS) or len(set(self.peers)) < len(self.peers):
             raise UserError(
                 "peers",

@@ -135,9 +135,10 @@ def _pruned(recovery: Recovery, start: nn.Module, target: float, *, below: float
         waypoints=1,
         min_width=config.episode.min_width,
     )
-    ranking = heuristic(_rule(recovery), recognizer.plan, seed=seed, measure=recognizer.measure.name).rank(
-        {"features": scores.numpy(), "keep_mask": body.keep_mask.numpy()}
-    )
+    rule = _rule(recovery)
+    allocation = config.search.allocation if rule == config.search.method else ""
+    policy = heuristic(rule, recognizer.plan, seed=seed, measure=recognizer.measure.name, allocation=allocation)
+    ranking = policy.rank({"features": scores.numpy(), "keep_mask": body.keep_mask.numpy()})
     cut = ladder.cut(ranking[None], body.keep_mask[None], torch.zeros(1, dtype=torch.int64))[0]
     if not target <= recognizer.compression(~cut) < below:
         return None

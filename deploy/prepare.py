@@ -113,7 +113,7 @@ def preflight(
     if problem is not None:
         raise problem
     if config.search.like:
-        widths_like(config.search.like, plan, pruned)
+        widths_like(config.search.like, config.network, plan, pruned)
     if config.replacement.how:
         require_filters(plan, config.replacement.share)
     _check_start(config, float(measure.compression(plan, plan.widths)))

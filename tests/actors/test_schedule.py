@@ -37,10 +37,13 @@ def group(config: ScheduleConfig, name: str) -> list[EpisodeOrder]:
         ({"teacher_rules": ("taylor", "magic")}, r"search.teacher_rules: .* got \['taylor', 'magic'\]"),
         ({"allocation": "uniform"}, "search.allocation: expected global | uniform | balanced"),
         ({"method": "gamma", "allocation": "fair"}, "search.allocation: .* got 'fair' with gamma"),
-        ({"like": "a.safetensors"}, "search.like: expected no search.allocation beside it, .* got '' with controller"),
+        (
+            {"like": "a.safetensors"},
+            "search.like: expected no search.allocation beside it, .* search.method = 'controller'",
+        ),
         (
             {"method": "taylor", "allocation": "uniform", "like": "a.safetensors"},
-            "search.like: expected no search.allocation beside it, .* got 'uniform' with taylor",
+            "search.like: expected no search.allocation beside it, .* got search.allocation = 'uniform'",
         ),
     ],
 )

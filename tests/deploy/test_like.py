@@ -51,7 +51,7 @@ def pruned(path: Path, form: NetworkForm = FORM, kept: Sequence[int] = KEPT) -> 
 def test_a_file_says_how_wide_its_layers_are_and_how_much_is_gone(tmp_path: Path) -> None:
     file = pruned(tmp_path / "compact.safetensors")
     network, plan = whole()
-    assert widths_like(file, plan, network).tolist() == KEPT
+    assert widths_like(file, FORM.network, plan, network).tolist() == KEPT
     for measure in MEASURES:
         removed = 1 - int(plan.cost(measure, torch.tensor(KEPT))) / int(plan.cost(measure, plan.widths))
         assert removed_in(file, measure) == math.floor(removed * 1e6) / 1e6
@@ -68,12 +68,20 @@ def test_a_file_says_how_wide_its_layers_are_and_how_much_is_gone(tmp_path: Path
 
 def test_a_network_of_another_kind_is_refused(tmp_path: Path) -> None:
     network, plan = whole()
-    wider = NetworkForm(network=NetworkConfig(name="small", width=1.0), channels=1, classes=10, image_size=8)
-    with pytest.raises(UserError, match=r"search.like .*, no layer wider than here, got 9 filters in .*, which has 8"):
-        widths_like(pruned(tmp_path / "wider.safetensors", wider, kept=[9]), plan, network)
-    other = NetworkForm(network=NetworkConfig(name="vgg16", width=0.1), channels=1, classes=10, image_size=32)
-    with pytest.raises(UserError, match=r"search.like .*: expected a compact network of the same kind"):
-        widths_like(pruned(tmp_path / "other.safetensors", other, kept=[]), plan, network)
+    for kind in (NetworkConfig(name="small", width=1.0), NetworkConfig(name="vgg16", width=0.25)):
+        size = 32 if kind.name == "vgg16" else 8
+        other = pruned(
+            tmp_path / "other.safetensors", NetworkForm(network=kind, channels=1, classes=10, image_size=size), []
+        )
+        with pytest.raises(
+            UserError, match=rf"search.like .*, got one of {kind.name}, width .* this is small, width 0.25"
+        ):
+            widths_like(other, FORM.network, plan, network)
+    narrow = plan.compact(network, torch.arange(plan.units) % 2 == 0)  # as what --treat prune has narrowed
+    with pytest.raises(UserError, match=r"no layer wider than here, got 5 filters in .*, which has 4 here"):
+        widths_like(
+            pruned(tmp_path / "compact.safetensors"), FORM.network, ChannelPlan(narrow, torch.zeros(1, 1, 8, 8)), narrow
+        )
     with pytest.raises(UserError, match=r"model .*: expected a compact network saved by zeroout"):
         removed_in(str(tmp_path / "missing.safetensors"), "parameters")
 
@@ -89,7 +97,7 @@ def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch,
     assert zeroout(monkeypatch, *asked, "--out", out) == 0
     (point,) = json.loads((out / "result.json").read_text())["points"]
     network, plan = whole()
-    assert widths_like(str(out / point["model"]), plan, network).tolist() == KEPT
+    assert widths_like(str(out / point["model"]), FORM.network, plan, network).tolist() == KEPT
     assert point["target"] == removed_in(file, "parameters")
     assert len(CampaignFolder.open(out).read_episodes()) == 1
 
@@ -101,7 +109,9 @@ def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch,
         (("--like", "missing.safetensors"), "missing.safetensors: expected a compact network saved by zeroout"),
         (("--like", "missing.safetensors", "--compression", 0.5), "expected a compact network saved by zeroout"),
         (("--like", "compact.safetensors", "--allocation", "uniform"), "search.like: expected no search.allocation"),
-        (("--like", "compact.safetensors", "--method", "random"), "search.like: .* got '' with random"),
+        (("--like", "compact.safetensors", "--max-drop", 1.0), "search.like: expected no max_drop beside it"),
+        (("--like", "whole.safetensors"), "what is removed in --like whole.safetensors: expected a share inside"),
+        (("--like", "compact.safetensors", "--method", "random"), "search.like: .* search.method = 'random'"),
     ],
 )
 def test_a_mistake_is_one_line(
@@ -112,6 +122,7 @@ def test_a_mistake_is_one_line(
     said: str,
 ) -> None:
     pruned(tmp_path / "compact.safetensors")
+    pruned(tmp_path / "whole.safetensors", kept=[])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
     assert zeroout(monkeypatch, "prune", "tiny.toml", *arguments, "--out", "out") == 2
