@@ -79,9 +79,9 @@ def _heading(table: Sequence[Row]) -> list[str]:
         others = {row["seed"]: 100 * row["baseline_test"] for row in apart}
         lines += [
             "",
-            f"Arms with a * were made, for some seeds, on {_devices(apart)}, from networks that were trained there, too,",
-            f"and are not alike to the bit ({spread(others)} before pruning): their pairs are of two networks of a seed,",
-            "and their minutes do not compare.",
+            f"Arms with a * were made, for some seeds, on {_devices(apart)},",
+            f"from networks that were trained there, too, and are not alike to the bit ({spread(others)} before pruning):",
+            "their pairs are of two networks of a seed, and their minutes do not compare.",
         ]
     return lines
 
