@@ -80,7 +80,7 @@ def _heading(table: Sequence[Row]) -> list[str]:
         lines += [
             "",
             f"Arms with a * were made, for some seeds, on {_devices(apart)},",
-            f"from networks that were trained there, too, and are not alike to the bit ({spread(others)} before pruning):",
+            f"from networks that were trained there, too, not alike to the bit ({spread(others)} before pruning):",
             "their pairs are of two networks of a seed, and their minutes do not compare.",
         ]
     return lines

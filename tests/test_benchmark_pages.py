@@ -160,7 +160,7 @@ def test_what_began_from_another_machines_network_is_marked_and_paired_by_its_ch
     assert "Before pruning 93.00 (0.00) on test, n 2." in said
     assert "On a card; torch 2.13." in said
     assert "Arms with a * were made, for some seeds, on another,\n" in said
-    assert "not alike to the bit (95.00 (0.00) before pruning)" in said
+    assert "not alike to the bit (95.00 (0.00) before pruning):\n" in said
     # -1 and 0 against -4 and -4
     assert "| HRank repeated * | 2 | 91.00 (0.00) | -4.00 (0.00) | +3.50 (2 of 2, p 0.090) |" in said
     assert "| Taylor repeated | 2 | 91.00 (0.00) | -2.00 (0.00) | +1.50 (2 of 2, p 0.205) |" in said
