@@ -10,6 +10,7 @@ import zoo
 from command import zeroout
 from PIL import Image
 
+import deploy.limit
 from deploy.config import load, parse
 from deploy.folder import CampaignFolder
 from env.compact_file import network_from_file
@@ -190,3 +191,20 @@ def test_others_than_rules_play_alone_too_and_go_on_where_they_stopped(
     unlike = ("seconds", "phases", "finished")
     last, same = ({key: value for key, value in one.items() if key not in unlike} for one in (records[-1], again[-1]))
     assert last == same
+
+
+@pytest.mark.usefixtures("no_export")
+def test_a_limit_is_looked_for_by_the_rule_and_allocation_that_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+) -> None:
+    asked, heuristic = [], deploy.limit.heuristic
+
+    def noted(name: str, *given: Any, **how: Any) -> Any:
+        asked.append((name, how["allocation"]))
+        return heuristic(name, *given, **how)
+
+    monkeypatch.setattr(deploy.limit, "heuristic", noted)
+    rule = ("--method", "uniform-l1", "--allocation", "balanced", "--max-drop", 30)
+    assert zeroout(monkeypatch, "prune", config, *rule, "--steps", 4, "--out", tmp_path / "out") == 0
+    assert asked
+    assert set(asked) == {("uniform-l1", "balanced")}
