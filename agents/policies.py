@@ -80,7 +80,6 @@ class _Given:
     plan: ChannelPlan
     generator: torch.Generator
     measure: str
-    like: Tensor  # int64 [L], widths to end with; empty where none are given
 
     def normal(self, sigma: float) -> Tensor:
         """A number for each layer, float32 [L]."""
@@ -102,11 +101,10 @@ def heuristic(
     `allocation`, one of `ALLOCATIONS`, a rule that scores filters decides within layers alone; so it does with `like`
     (int64 [L]), towards whose widths all layers go in step.
     """
-    widths = torch.zeros(0, dtype=torch.int64) if like is None else like
-    given = _Given(plan, torch.Generator().manual_seed(seed), measure, widths)
+    given = _Given(plan, torch.Generator().manual_seed(seed), measure)
     if name in _SCORED:
         score, own = _SCORED[name]
-        rank = (ALLOCATIONS[allocation or own] if like is None else _in_step)(given, score)
+        rank = ALLOCATIONS[allocation or own](given, score) if like is None else _in_step(plan, score, like)
     elif allocation or like is not None:
         raise ValueError(f"{name} has an allocation of its own, got {allocation or 'widths'}")
     else:
@@ -172,10 +170,9 @@ def _gone_before(plan: ChannelPlan, score: _Score, observation: Observation) -> 
     return (plan.widths - kept)[0, plan.layer_of] + before
 
 
-def _in_step(given: _Given, score: _Score) -> _Rank:
-    """All layers arrive together at the widths that are given; one that is to stay as wide as it is goes last."""
-    plan = given.plan
-    way = (plan.widths - given.like).clamp(min=_NO_WAY)[plan.layer_of]
+def _in_step(plan: ChannelPlan, score: _Score, like: Tensor) -> _Rank:
+    """All layers arrive together at the widths int64 [L] of `like`; one that is to stay as wide as it is goes last."""
+    way = (plan.widths - like).clamp(min=_NO_WAY)[plan.layer_of]
     return lambda observation: -(_gone_before(plan, score, observation) + 1) / way
 
 

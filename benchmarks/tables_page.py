@@ -113,9 +113,8 @@ def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> 
     for arm, words in arms.items():
         mine = [row for row in table if (row["arm"], row["target"]) == (arm, target)]
         mark = " *" if mine and arm in elsewhere else ""
-        lines.append(
-            f"| {words}{mark} | {' | '.join(_cells(mine, ours if arm != OURS else {}) if mine else [''] * 9)} |"
-        )
+        cells = _cells(mine, ours if arm != OURS else {}) if mine else [""] * 9
+        lines.append(f"| {words}{mark} | {' | '.join(cells)} |")
     others = [known for known in _published(table[0]["network"]) if abs(known.compression - target) <= 0.015]
     if others:
         lines += ["", "Published, at full width on the official CIFAR-10: " + "; ".join(map(_told, others)) + "."]
