@@ -24,7 +24,7 @@ from rich.console import Console
 
 from agents.controller import ControllerConfig
 from deploy.campaign import run_campaign
-from deploy.config import CampaignConfig, dump, load
+from deploy.config import CampaignConfig, dump, load, resolved
 from deploy.folder import CampaignFolder, write_atomic
 from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
@@ -224,7 +224,7 @@ def main() -> None:
     with ended_as_a_command():
         config, progress = load(given.config), PlainProgress(Console())
         if given.baseline:
-            prepare(CampaignFolder.create(given.out, dump(config)), config, preflight(config), progress)
+            prepare(CampaignFolder.create(given.out, dump(config), resolved), config, preflight(config), progress)
         else:
             run_campaign(given.out, config, redis_url="", progress=progress, deliver=False)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from deploy.config import CampaignConfig, dump, parse
+from deploy.config import CampaignConfig, dump, resolved
 from deploy.export import export
 from deploy.folder import CampaignFolder, versions, write_json
 from deploy.formats import FORMATS
@@ -42,14 +42,14 @@ def run_campaign(
     A Redis that has lost a resumed campaign's sequences is an error unless `refill_replay`. Without `deliver` the last
     two stages are left out, as for many campaigns of which only the numbers are wanted.
     """
-    folder = CampaignFolder.check(out, dump(config), _resolved)
+    folder = CampaignFolder.check(out, dump(config), resolved)
     if redis_url:
         with contextlib.closing(connect(redis_url)) as client:
             check_server(client, redis_url)
     check_ray_address(config.cluster.ray_address)
     progress.stage("prepare", "images")
     dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
-    folder = CampaignFolder.create(out, dump(config), _resolved)
+    folder = CampaignFolder.create(out, dump(config), resolved)
     with folder.held():
         result = _run(folder, config, dataset, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
         if deliver:
@@ -98,7 +98,3 @@ def _deliver(folder: CampaignFolder, dataset: Dataset, result: dict[str, Any], p
         progress.stage("export", ", ".join(FORMATS) + ", each read back and compared")
         export(folder, dataset=dataset, warn=lambda failure: progress.note(str(failure)))
     write_report(folder)
-
-
-def _resolved(campaign_toml: str) -> str:
-    return dump(parse(campaign_toml, name="campaign.toml"))

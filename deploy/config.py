@@ -28,7 +28,7 @@ from learner.learner import LearnerConfig
 from learner.replay.replay import ReplayConfig
 from learner.sequence import SequenceConfig
 
-__all__ = ["CampaignConfig", "ClusterConfig", "dump", "from_tree", "load", "parse"]
+__all__ = ["CampaignConfig", "ClusterConfig", "dump", "from_tree", "load", "parse", "resolved"]
 
 #: So many episodes, a quarter of all at most, are played before learning starts, where the configuration says nothing.
 _FIRST_EPISODES = 6
@@ -191,6 +191,11 @@ def from_tree(tree: Mapping[str, Any]) -> CampaignConfig:
 def dump(config: CampaignConfig) -> str:
     """The configuration as TOML, every value written out; `parse` gives it back."""
     return tomli_w.dumps(_plain(dataclasses.asdict(config)))
+
+
+def resolved(text: str) -> str:
+    """The same configuration with every value written out: a file of an older version did not know every key."""
+    return dump(parse(text, name="campaign.toml"))
 
 
 def _plain(value: Any) -> Any:

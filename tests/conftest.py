@@ -1,4 +1,4 @@
-"""Fixtures for tests that need a server: one embedded server for all, a prefix of its own for each."""
+"""One thread for all; for tests that need a server, one embedded server for all, a prefix of its own for each."""
 
 import uuid
 from collections.abc import Iterator
@@ -6,9 +6,16 @@ from pathlib import Path
 
 import pytest
 import redis
+import torch
 
 from deploy.redis_server import EmbeddedServer
 from learner.replay.connection import connect
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """Torch on one thread: with more, tiny networks take many times longer on shared cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 
-from benchmarks import tables, tables_page, transfer, transfer_page
+from benchmarks import campaigns, tables, tables_page, transfer, transfer_page
 from benchmarks.campaigns import fingerprint, process, seconds_of
 from benchmarks.ledger import Ledger
 from benchmarks.paired import difference, spread
 from benchmarks.replacement import ARMS, page
 from benchmarks.transfer import FULL, Bench, Job
 from deploy.campaign import run_campaign
-from deploy.config import load, parse
+from deploy.config import dump, load, parse
 from deploy.progress import PlainProgress
 
 
@@ -213,6 +212,20 @@ def moved(arm: str, seed: int, test: float, compressed: float, images: int = 10)
     }  # fmt: skip
 
 
+def test_a_baseline_that_an_older_version_began_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = dump(parse("[network]\nwidth = 0.25\n[baseline]\nepochs = 1\n"))
+    asked, out = tmp_path / "asked.toml", tmp_path / "out"
+    asked.write_text(config)
+    out.mkdir()
+    (out / "campaign.toml").write_text(config.replace('like = ""\n', ""))
+    assert (out / "campaign.toml").read_text() != config
+    monkeypatch.setattr("sys.argv", ["campaigns", str(asked), "--out", str(out), "--baseline"])
+    campaigns.main()
+    assert (out / "baseline" / "model.safetensors").is_file()
+
+
 def test_the_page_of_transfer_says_where_replacement_helps_and_where_it_harms() -> None:
     rows = [moved("none", seed, 0.60, 0.50) for seed in range(4)]
     rows += [moved("1", seed, 0.62 + 0.002 * seed, 0.50 + 0.01 * (-1) ** seed) for seed in range(4)]
@@ -271,13 +284,10 @@ def test_transfer_as_the_real_command_makes_its_rows_once(
 
     monkeypatch.setattr("benchmarks.campaigns.process", process)
     monkeypatch.setattr("sys.argv", ["transfer", "--quick", "--jobs", "1", "--work", str(tmp_path)])
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     pages = []
     for _ in range(2):
         transfer.main()
         pages.append(capsys.readouterr().out)
-    torch.set_num_threads(before)
     assert ran == ["source, seed 0", "none, 10 images, seed 0", "1, 10 images, seed 0", "scratch, 10 images, seed 0"]
     rows = [json.loads(line) for line in (tmp_path / "quick" / "transfer.jsonl").read_text().splitlines()]
     assert [row["arm"] for row in rows] == ["none", "1", "scratch"]

@@ -18,10 +18,7 @@ from deploy.folder import CampaignFolder
 @pytest.fixture(scope="module")
 def campaigns(tmp_path_factory: pytest.TempPathFactory) -> list[CampaignFolder]:
     """Two finished campaigns that differ in their seed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     found = [trained(tmp_path_factory.mktemp(f"seed-{seed}") / "out", (0.5, 0.8), seed=seed) for seed in (0, 1)]
-    torch.set_num_threads(before)
     return found
 
 

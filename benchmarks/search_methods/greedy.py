@@ -16,7 +16,7 @@ from rich.console import Console
 from benchmarks.campaigns import ended_as_a_command
 from benchmarks.paired import difference, spread
 from deploy.alone import play_alone
-from deploy.config import dump, load
+from deploy.config import dump, load, resolved
 from deploy.folder import CampaignFolder
 from deploy.prepare import preflight, prepare
 from deploy.progress import make_progress
@@ -101,7 +101,7 @@ def main() -> None:
     with ended_as_a_command():
         config, progress = load(given.config), make_progress(Console())
         dataset = preflight(config)
-        folder = CampaignFolder.create(given.out, dump(config))
+        folder = CampaignFolder.create(given.out, dump(config), resolved)
         play_alone(folder, config, dataset, prepare(folder, config, dataset, progress), progress)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from benchmarks.campaigns import ended_as_a_command
 from deploy.candidates import candidate_path
-from deploy.config import dump, load, parse
+from deploy.config import dump, load, resolved
 from deploy.folder import CampaignFolder, read_json, write_json
 from deploy.frontier import PEERS
 from deploy.peers import left_out, make_peers
@@ -31,7 +31,7 @@ def run(method: str, config_path: Path, out: Path, progress: Progress) -> None:
         return
     config = load(config_path)
     dataset = preflight(config).to(default_device())
-    folder = CampaignFolder.create(out, dump(config), lambda there: dump(parse(there)))
+    folder = CampaignFolder.create(out, dump(config), resolved)
     baseline = prepare(folder, config, dataset, progress)
     target = config.episode.targets[-1]
     asked = replace(config, peers=(method,))

@@ -48,8 +48,6 @@ from learner.replay.replay import Replay
 from learner.replay.weights import WeightStore
 from learner.sequence import collate
 
-torch.set_num_threads(1)
-
 SEARCH = 3  # episodes of each group; the first is a teacher's
 RECORD = {
     "id", "group", "actor", "policy", "epsilon", "sigma", "seed", "steps", "collapsed", "seconds", "phases",

@@ -19,8 +19,6 @@ from env.networks import small
 from env.recognizer import Recognizer
 from learner.sequence import EpisodeTrace
 
-torch.set_num_threads(1)
-
 HIDDEN = 5
 EPISODE = EpisodeConfig(
     targets=(0.5, 0.8),

@@ -16,7 +16,6 @@ from env.data import Dataset
 from learner.replay.codec import PayloadError, seal
 from learner.replay.ledger import Ledger
 
-torch.set_num_threads(1)
 FINGERPRINT = "the right one"
 
 

@@ -33,8 +33,6 @@ from learner.replay.ledger import Ledger
 from learner.replay.replay import Item, Replay
 from learner.replay.weights import WeightStore
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def learning(brief: Brief) -> Brief:

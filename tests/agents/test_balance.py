@@ -8,8 +8,6 @@ from agents.balance import UsualShapes, balanced
 from env.channels import ChannelPlan
 from env.measure import log_freed
 
-torch.set_num_threads(1)
-
 PLAN = ChannelPlan(
     nn.Sequential(nn.Conv2d(2, 5, 3), nn.Conv2d(5, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)),
     torch.zeros(1, 2, 8, 8),

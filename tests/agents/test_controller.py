@@ -14,7 +14,6 @@ from env.errors import UserError
 from env.importance import FEATURES
 from env.measure import log_freed
 
-torch.set_num_threads(1)
 PLAN = ChannelPlan(
     nn.Sequential(
         nn.Conv2d(2, 5, 3, padding=1),

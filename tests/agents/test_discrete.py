@@ -8,8 +8,6 @@ import torch
 from agents.discrete import Argmax, DiscreteConfig, DiscreteNetwork, EpsilonGreedy
 from agents.network import DuelingJudgement
 
-torch.set_num_threads(1)
-
 
 def network(*, memory: bool = True, seed: int = 0, actions: int = 3) -> DiscreteNetwork:
     with torch.random.fork_rng():

@@ -13,7 +13,6 @@ from env.channels import ChannelPlan
 from env.measure import Measure
 from env.networks import resnet18, resnet56, small, vgg16
 
-torch.set_num_threads(1)
 MADE: dict[tuple[int, ...], ChannelPlan] = {}
 
 

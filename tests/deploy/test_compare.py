@@ -154,7 +154,6 @@ def test_a_target_that_was_missed_is_sorted_by_what_was_reached(tmp_path: Path) 
     assert [row["campaign"] for row in rows(read(met, missed))] == ["missed", "met"]
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_numbers_of_a_finished_campaign_on_digits(zeroout: Run, tmp_path: Path) -> None:
     folder = finished(tmp_path / "digits", TINY, (0.5, 0.8))
     result = read_json(folder.result_json)

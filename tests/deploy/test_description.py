@@ -4,7 +4,6 @@ import base64
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from finished_campaign import TINY, compacted, finished, no_failures
 
@@ -14,8 +13,6 @@ from deploy.folder import CampaignFolder
 from env.channels import ChannelPlan
 from env.data import load_dataset
 from env.errors import ZerooutError
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_the_description_says_how_images_go_in_and_what_became_of_each_layer(campaign: CampaignFolder) -> None:

@@ -16,8 +16,6 @@ from deploy.folder import CampaignFolder
 from deploy.formats import FORMATS, Source
 from env.errors import UserError, ZerooutError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def names(folder: CampaignFolder) -> list[str]:
     return sorted(os.listdir(folder.export))

@@ -17,9 +17,6 @@ from deploy.formats import FORMATS, Source, load_exported
 from env.compact_file import NetworkForm, form_of_file, network_from_file
 from env.networks import NetworkConfig
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 FORMS = {
     "vgg16": NetworkForm(network=NetworkConfig(name="vgg16", width=0.1), channels=3, classes=7, image_size=16),
     "residual": brought("residual"),

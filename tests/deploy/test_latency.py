@@ -105,7 +105,6 @@ def test_the_table_has_the_original_and_each_file_by_runtime(exported: tuple[Cam
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_original_is_measured_without_the_skip_convolutions_that_were_added(tmp_path: Path) -> None:
     folder = finished(tmp_path / "out", brought("residual", skips="convolution"))
     table = write_table(folder, export(folder, formats=["safetensors"]), repeats=1)
@@ -115,7 +114,6 @@ def test_the_original_is_measured_without_the_skip_convolutions_that_were_added(
     assert table["rows"][0]["bytes"] < (folder.baseline / "model.safetensors").stat().st_size
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_nothing_is_timed_with_no_repeats(campaign: CampaignFolder) -> None:
     paths = export(campaign, compression=0.5, formats=["safetensors"])
     table = write_table(campaign, paths, repeats=0)

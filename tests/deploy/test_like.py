@@ -87,7 +87,6 @@ def test_a_network_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
 def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])
     (tmp_path / "tiny.toml").write_text(TINY)
@@ -102,7 +101,6 @@ def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch,
     assert len(CampaignFolder.open(out).read_episodes()) == 1
 
 
-@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

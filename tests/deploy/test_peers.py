@@ -22,8 +22,6 @@ from env.compact_file import network_from_file
 from env.errors import UserError
 from env.networks import initialise_anew, small
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CAMPAIGN = """
 peers = ["torch-pruning", "uniform"]
 [network]

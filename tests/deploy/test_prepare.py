@@ -4,7 +4,6 @@ import math
 import re
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
@@ -32,14 +31,6 @@ validation_share = 0.2
 epochs = 1
 batch_size = 64
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def prepared(tmp_path: Path, text: str, *overrides: str) -> tuple[CampaignConfig, Baseline]:

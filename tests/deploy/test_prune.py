@@ -33,7 +33,7 @@ batch_size = 64
 learning_rate = 0.05
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

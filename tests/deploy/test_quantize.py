@@ -25,8 +25,6 @@ from env.compact_file import NetworkForm, form_of_file, network_from_file
 from env.data import DataConfig, Dataset, load_dataset
 from env.errors import UserError, ZerooutError
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 DIGITS = load_dataset(DataConfig())
 TOLERANCE = 0.02  # of accuracy on 269 test images: five of them
 Command = Callable[..., tuple[int, str, str]]
@@ -35,11 +33,8 @@ Command = Callable[..., tuple[int, str, str]]
 @pytest.fixture(scope="session")
 def quantized_once(tmp_path_factory: pytest.TempPathFactory) -> CampaignFolder:
     """A campaign with trained networks, exported in int8; not to be changed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     folder = trained(tmp_path_factory.mktemp("quantized") / "out")
     export_int8(folder, warn=no_failures)
-    torch.set_num_threads(before)
     return folder
 
 

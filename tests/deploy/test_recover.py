@@ -3,7 +3,6 @@
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from rich.console import Console
 
@@ -13,8 +12,6 @@ from deploy.prepare import preflight, prepare
 from deploy.progress import PlainProgress
 from deploy.recover import Recovery
 from env.channels import ChannelPlan
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 CAMPAIGN = """
 [network]

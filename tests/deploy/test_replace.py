@@ -40,7 +40,7 @@ epochs = 1
 batch_size = 64
 """
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)

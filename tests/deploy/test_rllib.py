@@ -70,12 +70,9 @@ def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("ZEROOUT_REDIS_URL", "")
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONPATH", str(ROOT))
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()
-        torch.set_num_threads(threads)
 
 
 @dataclass

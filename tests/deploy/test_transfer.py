@@ -25,7 +25,7 @@ from env.networks import NetworkConfig, build_network
 from env.training import TrainConfig, train
 from env.transfer import HOWS
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.slow
 
 TINY = """
 [network]
@@ -57,7 +57,6 @@ WIDTHS, WEAK = (8, 8, 16, 16, 24, 24), (2, 2, 4, 4, 7, 7)
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Weights of a network that recognizes the digits 0 to 4."""
-    torch.set_num_threads(1)
     data_config = DataConfig(classes="0,1,2,3,4")
     network = build_network(SMALL, channels=1, classes=5, seed=1)
     train(network, load_dataset(data_config), data_config, TrainConfig(epochs=2, batch_size=64), seed=0)

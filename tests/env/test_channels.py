@@ -15,8 +15,6 @@ from env.copies import adopt
 from env.errors import UserError
 from env.networks import small
 
-torch.set_num_threads(1)
-
 
 def two_convolutions() -> nn.Sequential:
     return nn.Sequential(

@@ -19,8 +19,6 @@ from env.networks import small
 from env.recognizer import Recognizer
 from env.retraining import retrain
 
-torch.set_num_threads(1)
-
 TINY: dict[str, Any] = {
     "targets": (0.8,),
     "step_minibatches": 1,

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 
 from env.cpu_layers import cpu_layers, judges_channels_last, keep_freed_memory, quick_form
 
-torch.set_num_threads(1)
-
 
 def channels_last(*shape: int) -> Tensor:
     return torch.randn(*shape).contiguous(memory_format=torch.channels_last)

@@ -1,7 +1,6 @@
 """HRank's importance: ranks of maps worked out by hand, and which maps are looked at."""
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,14 +11,6 @@ from env.channels import ChannelPlan
 from env.feature_rank import feature_rank
 from env.importance import rank
 from env.networks import resnet18, vgg16
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def everything(plan: ChannelPlan) -> Tensor:

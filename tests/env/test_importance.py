@@ -11,7 +11,6 @@ from env.channels import ChannelPlan
 from env.importance import FEATURES, gamma, l1, log_scores, taylor
 from env.networks import resnet18
 
-torch.set_num_threads(1)
 Batches = list[tuple[Tensor, Tensor]]
 
 

@@ -5,8 +5,6 @@ from torch import nn
 from env.channels import MEASURES, ChannelPlan
 from env.measure import Measure, and_narrower, log_freed
 
-torch.set_num_threads(1)
-
 
 def plan() -> ChannelPlan:
     """5 filters of 2x3x3 with batch-norm, read by 4 outputs."""

@@ -14,8 +14,6 @@ from env.channels import ChannelPlan
 from env.copies import adopt
 from env.zero_out import attach_zero_out
 
-torch.set_num_threads(1)
-
 
 class Sum(nn.Module):
     """What a block makes, added to what it was given."""

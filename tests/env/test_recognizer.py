@@ -10,8 +10,6 @@ from env.measure import Measure
 from env.recognizer import Recognizer
 from env.splits import Split
 
-torch.set_num_threads(1)
-
 
 def recognizer(name: str) -> Recognizer:
     generator = torch.Generator().manual_seed(0)

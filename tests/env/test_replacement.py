@@ -17,8 +17,6 @@ from env.networks import NetworkConfig, build_network
 from env.recognizer import Recognizer
 from env.replacement import COPIES, TREATMENTS, ReplacementConfig, replace_filters, sources, treat, weakest
 
-torch.set_num_threads(1)
-
 
 def network_of(seed: int = 0) -> nn.Sequential:
     """Layers of 5 and 4 filters; the first with batch-norm, the second without; and a classifier."""

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ from env.training import TrainConfig, distillation_loss, train
 from env.training_reports import EpochReport
 
 DIGITS = load_dataset(DataConfig())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_digits_reach_97_5_percent_within_seconds() -> None:

@@ -24,14 +24,6 @@ from env.training import RecoveryConfig, TrainConfig, train
 from env.training_reports import EpochReport
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class KilledError(Exception):
     """Stands for kill -9 between two epochs."""
 
@@ -79,7 +71,6 @@ from env.data import DataConfig, load_dataset
 from env.networks import small
 from env.training import TrainConfig, train
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
 network = small(width=0.2)
 teacher = small(width=0.2)

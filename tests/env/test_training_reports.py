@@ -1,24 +1,14 @@
 """A training tells where it is and how long it will take, and goes on the same whether anybody listens."""
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
-import torch
 from tiny_training import AUGMENTED, FEW, TINY, network, same
 
 from env import training_reports
 from env.retraining import Metrics
 from env.training import train
 from env.training_reports import BatchReport, EpochReport, Means, Reporter
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def test_paces_are_worked_out_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,6 @@ from env.retraining import retrain
 from env.splits import Split
 from env.zero_out import ZeroOut, attach_zero_out
 
-torch.set_num_threads(1)
-
 
 @functools.cache
 def dataset() -> Dataset:

@@ -23,8 +23,6 @@ from learner.packing import MaskPacking
 from learner.sequence import Batch, EpisodeTrace, SequenceConfig, collate
 from learner.sequence import cut as cut_with
 
-torch.set_num_threads(1)
-
 HIDDEN, KINDS = 7, 3
 SEQUENCES = SequenceConfig(burn_in=2, unroll_length=5, sequence_period=3)
 Arrays = dict[str, np.ndarray]
