@@ -101,6 +101,12 @@ def _by_start(table: Sequence[Row]) -> tuple[list[Row], list[Row]]:
     return alike, apart
 
 
+def _marked(table: Sequence[Row], arms: Mapping[str, str]) -> dict[str, str]:
+    """The arms in words, with a * where some began from another network than the Controller's of their seed."""
+    apart = {row["arm"] for row in _by_start(table)[1]}
+    return {arm: f"{words} *" if arm in apart else words for arm, words in arms.items()}
+
+
 def _start(row: Row) -> tuple[float, ...]:
     return tuple(row[name] for name in _START)
 
@@ -108,13 +114,11 @@ def _start(row: Row) -> tuple[float, ...]:
 def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> list[str]:
     head = "| arm | n | test | change | Controller less this | removed | MACs removed | validation | images | minutes |"
     ours = _changes([row for row in table if (row["arm"], row["target"]) == (OURS, target)])
-    elsewhere = {row["arm"] for row in _by_start(table)[1]}
     lines = [head, f"|{'---|' * 10}"]
-    for arm, words in arms.items():
+    for arm, words in _marked(table, arms).items():
         mine = [row for row in table if (row["arm"], row["target"]) == (arm, target)]
-        mark = " *" if mine and arm in elsewhere else ""
         cells = _cells(mine, ours if arm != OURS else {}) if mine else [""] * 9
-        lines.append(f"| {words}{mark} | {' | '.join(cells)} |")
+        lines.append(f"| {words} | {' | '.join(cells)} |")
     others = [known for known in _published(table[0]["network"]) if abs(known.compression - target) <= 0.015]
     if others:
         lines += ["", "Published, at full width on the official CIFAR-10: " + "; ".join(map(_told, others)) + "."]
@@ -184,7 +188,7 @@ def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     axes = figure.subplots()
     targets = sorted({row["target"] for row in table})
-    for place, arm in enumerate(arms):
+    for place, (arm, words) in enumerate(_marked(table, arms).items()):
         x, middle, deviation = [], [], []
         for target in targets:
             test = [100 * row["test"] for row in table if (row["arm"], row["target"]) == (arm, target)]
@@ -196,7 +200,7 @@ def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
         if not x:
             continue
         axes.errorbar(
-            x, middle, yerr=deviation, label=arms[arm], color=_COLOURS[place % len(_COLOURS)],
+            x, middle, yerr=deviation, label=words, color=_COLOURS[place % len(_COLOURS)],
             linestyle="-" if place < len(_COLOURS) else "--", linewidth=2.2 if arm == OURS else 1.1,
             marker="o", markersize=3.5, elinewidth=0.7, capsize=1.5,
         )  # fmt: skip
