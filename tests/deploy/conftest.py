@@ -1,13 +1,30 @@
-"""Fixtures for tests of what is exported: exporting takes seconds, so that one campaign is exported for all."""
+"""The command in the test's own process; and a campaign that is exported once for all, as that takes seconds."""
 
 import shutil
 from pathlib import Path
 
 import pytest
+from command import Ended, Zeroout
 from finished_campaign import TINY, finished, no_failures
 
+from deploy import cli
 from deploy.export import export
 from deploy.folder import CampaignFolder
+
+
+@pytest.fixture
+def zeroout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Zeroout:
+    """Run the command in this process; returns how it ended."""
+
+    def run(*words: object) -> Ended:
+        monkeypatch.setattr("sys.argv", ["zeroout", *map(str, words)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capfd.readouterr()
+        return Ended(int(ended.value.code or 0), said.err, said.out)
+
+    return run
 
 
 @pytest.fixture

@@ -3,46 +3,17 @@
 import contextlib
 import json
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from command import Zeroout
 from PIL import Image
 
-from deploy import cli
 from deploy.redis_server import find_server
 
-
-class Ended(NamedTuple):
-    """How the command ended."""
-
-    code: int
-    error: str
-    output: str
-
-
-Run = Callable[..., Ended]
-
 IMAGES_A_CLASS = 12
-
-
-@pytest.fixture
-def zeroout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code and what it wrote."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["zeroout", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        said = capfd.readouterr()
-        return Ended(code if isinstance(code, int) else 0, said.err, said.out)
-
-    return run
 
 
 @pytest.fixture
@@ -56,7 +27,7 @@ def images(tmp_path: Path) -> Path:
     return tmp_path / "images"
 
 
-def a_mistake(run: Run, out: Path, *arguments: object) -> str:
+def a_mistake(run: Zeroout, out: Path, *arguments: object) -> str:
     """Run a campaign that must be refused: one line, exit 2, no folder made; returns the line."""
     code, error, _ = run("run", "--out", out, *arguments)
     assert code == 2, error
@@ -83,12 +54,12 @@ def a_mistake(run: Run, out: Path, *arguments: object) -> str:
     ],
 )
 def test_a_wrong_value_is_named_before_anything_is_made(
-    zeroout: Run, tmp_path: Path, override: str, named: str
+    zeroout: Zeroout, tmp_path: Path, override: str, named: str
 ) -> None:
     assert named in a_mistake(zeroout, tmp_path / "out", "--set", override)
 
 
-def test_a_missing_config_is_named(zeroout: Run, tmp_path: Path) -> None:
+def test_a_missing_config_is_named(zeroout: Zeroout, tmp_path: Path) -> None:
     assert "none.toml" in a_mistake(zeroout, tmp_path / "out", tmp_path / "none.toml")
 
 
@@ -96,7 +67,7 @@ def folder_arguments(images: Path, cache: Path) -> list[str]:
     return ["--set", "data.source=folder", "--set", f"data.path={images}", "--set", f"data.cache={cache}"]
 
 
-def test_a_data_path_that_is_missing_empty_or_damaged_is_named(zeroout: Run, tmp_path: Path, images: Path) -> None:
+def test_a_data_path_that_is_missing_empty_or_damaged_is_named(zeroout: Zeroout, tmp_path: Path, images: Path) -> None:
     out, cache = tmp_path / "out", tmp_path / "cache"
     assert "nowhere" in a_mistake(zeroout, out, *folder_arguments(tmp_path / "nowhere", cache))
     (tmp_path / "empty").mkdir()
@@ -106,14 +77,14 @@ def test_a_data_path_that_is_missing_empty_or_damaged_is_named(zeroout: Run, tmp
     assert str(damaged) in a_mistake(zeroout, out, *folder_arguments(images, cache))
 
 
-def test_fewer_images_than_a_batch_are_named(zeroout: Run, tmp_path: Path, images: Path) -> None:
+def test_fewer_images_than_a_batch_are_named(zeroout: Zeroout, tmp_path: Path, images: Path) -> None:
     line = a_mistake(
         zeroout, tmp_path / "out", *folder_arguments(images, tmp_path / "cache"), "--set", "data.validation_share=0.2"
     )
     assert "batch" in line
 
 
-def test_weights_that_do_not_fit_are_named(zeroout: Run, tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_are_named(zeroout: Zeroout, tmp_path: Path) -> None:
     import torch
     from safetensors.torch import save_file
 
@@ -140,7 +111,7 @@ def a_server(folder: Path, *options: str) -> Iterator[str]:
 
 
 def test_a_redis_that_does_not_answer_refuses_or_may_evict_is_named(
-    zeroout: Run, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+    zeroout: Zeroout, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     out = tmp_path / "out"
     assert "127.0.0.1:1" in a_mistake(zeroout, out, "--redis", "redis://127.0.0.1:1/0")
@@ -155,7 +126,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_the_folder_of_another_campaign_is_refused_and_left_as_it_is(zeroout: Run, tmp_path: Path) -> None:
+def test_the_folder_of_another_campaign_is_refused_and_left_as_it_is(zeroout: Zeroout, tmp_path: Path) -> None:
     from deploy.config import dump, parse
     from deploy.folder import CampaignFolder
 
@@ -167,7 +138,7 @@ def test_the_folder_of_another_campaign_is_refused_and_left_as_it_is(zeroout: Ru
     assert contents(tmp_path / "out") == before
 
 
-def test_a_folder_with_other_files_is_refused_and_left_as_it_is(zeroout: Run, tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused_and_left_as_it_is(zeroout: Zeroout, tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     code, error, _ = zeroout("run", "--out", tmp_path)
     assert code == 2
@@ -177,7 +148,7 @@ def test_a_folder_with_other_files_is_refused_and_left_as_it_is(zeroout: Run, tm
 
 @pytest.mark.parametrize("command", ["resume", "status", "report", "export"])
 def test_a_folder_that_is_no_campaign_is_an_error_never_a_fresh_start(
-    zeroout: Run, tmp_path: Path, command: str
+    zeroout: Zeroout, tmp_path: Path, command: str
 ) -> None:
     code, error, _ = zeroout(command, tmp_path / "nothing")
     assert code == 2
@@ -185,7 +156,7 @@ def test_a_folder_that_is_no_campaign_is_an_error_never_a_fresh_start(
     assert not (tmp_path / "nothing").exists()
 
 
-def test_an_unfinished_campaign_cannot_be_exported_but_has_a_status(zeroout: Run, tmp_path: Path) -> None:
+def test_an_unfinished_campaign_cannot_be_exported_but_has_a_status(zeroout: Zeroout, tmp_path: Path) -> None:
     from deploy.config import dump, parse
     from deploy.folder import CampaignFolder
 
@@ -204,7 +175,7 @@ def test_an_unfinished_campaign_cannot_be_exported_but_has_a_status(zeroout: Run
         (["run", "--help"], ["CONFIG.toml", "--out", "--set", "--redis", "--controls", "Examples"]),
     ],
 )
-def test_help_names_every_command_and_teaches_run(zeroout: Run, arguments: list[str], words: list[str]) -> None:
+def test_help_names_every_command_and_teaches_run(zeroout: Zeroout, arguments: list[str], words: list[str]) -> None:
     code, _, output = zeroout(*arguments)
     assert code == 0
     assert all(word in output for word in words), output

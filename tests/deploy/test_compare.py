@@ -3,19 +3,18 @@
 import io
 import json
 import re
-import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from command import Zeroout
 from finished_campaign import TINY, finished
 from PIL import Image
 from rich.console import Console
 
-from deploy import cli, compare_chart
+from deploy import compare_chart
 from deploy.canvas import Form
 from deploy.compare import Series, identity, over_seeds, rows
 from deploy.compare_chart import comparison_image
@@ -25,31 +24,6 @@ from deploy.finished import Campaign, read_campaigns, unique_names
 from deploy.folder import CampaignFolder, read_json, write_json
 
 BASELINE = {"parameters": 1000, "macs": 50_000, "val_accuracy": 0.82, "test_accuracy": 0.80}
-
-
-class Ended(NamedTuple):
-    code: int
-    error: str
-    output: str
-
-
-Run = Callable[..., Ended]
-
-
-@pytest.fixture
-def zeroout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
-    """Run the command in this process; returns its exit code and what it wrote."""
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["zeroout", *map(str, arguments)])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        code = ended.value.code
-        said = capfd.readouterr()
-        return Ended(code if isinstance(code, int) else 0, said.err, said.out)
-
-    return run
 
 
 @pytest.fixture
@@ -154,7 +128,7 @@ def test_a_target_that_was_missed_is_sorted_by_what_was_reached(tmp_path: Path) 
     assert [row["campaign"] for row in rows(read(met, missed))] == ["missed", "met"]
 
 
-def test_the_numbers_of_a_finished_campaign_on_digits(zeroout: Run, tmp_path: Path) -> None:
+def test_the_numbers_of_a_finished_campaign_on_digits(zeroout: Zeroout, tmp_path: Path) -> None:
     folder = finished(tmp_path / "digits", TINY, (0.5, 0.8))
     result = read_json(folder.result_json)
     shown = json.loads(zeroout("compare", folder.path, "--json").output)
@@ -333,20 +307,20 @@ def test_names_are_made_unique_by_what_stands_before_them() -> None:
     assert unique_names(places) == ["a/out", "runs/b/out", "bucket/b/out", "other"]
 
 
-def test_a_folder_that_is_given_twice_is_one_campaign(zeroout: Run, tmp_path: Path) -> None:
+def test_a_folder_that_is_given_twice_is_one_campaign(zeroout: Zeroout, tmp_path: Path) -> None:
     campaign(tmp_path / "a", [point(0.9, 0.7)])
     shown = json.loads(zeroout("compare", tmp_path / "a", f"{tmp_path}/a/", tmp_path / "a" / ".", "--json").output)
     assert len(shown["rows"]) == 1
 
 
-def test_a_uri_is_fetched(zeroout: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_uri_is_fetched(zeroout: Zeroout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = campaign(tmp_path / "kept", [point(0.9, 0.7)]).path.as_uri()
     (row,) = json.loads(zeroout("compare", uri, "--json").output)["rows"]
     assert (row["campaign"], row["folder"]) == ("kept", uri)
 
 
-def test_an_unfinished_campaign_is_passed_over_with_a_line(zeroout: Run, tmp_path: Path) -> None:
+def test_an_unfinished_campaign_is_passed_over_with_a_line(zeroout: Zeroout, tmp_path: Path) -> None:
     done, begun = campaign(tmp_path / "done", [point(0.9, 0.7)]), campaign(tmp_path / "begun", None)
     code, _, output = zeroout("compare", begun.path, done.path)
     assert code == 0
@@ -361,7 +335,7 @@ def test_an_older_versions_configuration_is_read(tmp_path: Path) -> None:
     assert comparison.differences == {"controller.filter_size": {"old": 32, "new": None}}
 
 
-def a_mistake(run: Run, *arguments: object) -> str:
+def a_mistake(run: Zeroout, *arguments: object) -> str:
     """Run a comparison that must be refused: one line, exit 2; returns the line."""
     code, error, _ = run("compare", *arguments)
     lines = [line for line in error.splitlines() if line]
@@ -370,7 +344,7 @@ def a_mistake(run: Run, *arguments: object) -> str:
     return lines[0]
 
 
-def test_what_is_no_finished_campaign_is_named(zeroout: Run, tmp_path: Path) -> None:
+def test_what_is_no_finished_campaign_is_named(zeroout: Zeroout, tmp_path: Path) -> None:
     fine, begun = campaign(tmp_path / "fine", [point(0.9, 0.7)]), campaign(tmp_path / "begun", None)
     assert "zeroout resume" in a_mistake(zeroout, begun.path)
     assert "nowhere" in a_mistake(zeroout, fine.path, tmp_path / "nowhere")
@@ -388,7 +362,7 @@ def test_what_is_no_finished_campaign_is_named(zeroout: Run, tmp_path: Path) -> 
         (json.dumps({"baseline": {**BASELINE, "test_accuracy": "0.8"}, "points": []}), "baseline.test_accuracy"),
     ],
 )
-def test_a_broken_result_is_named(zeroout: Run, tmp_path: Path, content: str, named: str) -> None:
+def test_a_broken_result_is_named(zeroout: Zeroout, tmp_path: Path, content: str, named: str) -> None:
     folder = campaign(tmp_path / "broken", [])
     folder.result_json.write_text(content)
     line = a_mistake(zeroout, folder.path)
@@ -399,14 +373,14 @@ def test_a_broken_result_is_named(zeroout: Run, tmp_path: Path, content: str, na
 @pytest.mark.parametrize(
     ("content", "named"), [("[network", "campaign.toml"), ("[episode]\nwaypoints = 'many'", "episode.waypoints")]
 )
-def test_a_broken_configuration_is_named(zeroout: Run, tmp_path: Path, content: str, named: str) -> None:
+def test_a_broken_configuration_is_named(zeroout: Zeroout, tmp_path: Path, content: str, named: str) -> None:
     folder = campaign(tmp_path / "broken", [])
     folder.campaign_toml.write_text(content)
     assert named in a_mistake(zeroout, folder.path)
 
 
 def test_files_that_cannot_be_written_are_named_first_and_no_result_is_written_over(
-    zeroout: Run, tmp_path: Path
+    zeroout: Zeroout, tmp_path: Path
 ) -> None:
     folder = campaign(tmp_path / "fine", [point(0.9, 0.7)])
     before = folder.result_json.read_bytes()
@@ -454,7 +428,7 @@ def test_the_policy_that_decided_is_named_where_it_was_not_the_method(tmp_path: 
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_the_page_holds_the_numbers_and_needs_nothing_else(zeroout: Run, tmp_path: Path) -> None:
+def test_the_page_holds_the_numbers_and_needs_nothing_else(zeroout: Zeroout, tmp_path: Path) -> None:
     three_seeds(tmp_path)
     other = campaign(
         tmp_path / "o<script>", [point(0.95, 0.5, compression=0.95042)], toml="[recovery]\nepochs = 3", episodes=7
@@ -493,7 +467,7 @@ def has_colour(png: bytes, colour: str) -> bool:
     return bool((pixels(png) == tuple(bytes.fromhex(colour[1:]))).all(axis=2).any())
 
 
-def test_the_picture_is_written_with_a_colour_for_each_series(zeroout: Run, tmp_path: Path) -> None:
+def test_the_picture_is_written_with_a_colour_for_each_series(zeroout: Zeroout, tmp_path: Path) -> None:
     three_seeds(tmp_path)
     campaign(tmp_path / "_other $1$", [point(0.9, 0.5)], toml="[recovery]\nepochs = 3")
     folders = [path for path in sorted(tmp_path.iterdir()) if path.is_dir()]

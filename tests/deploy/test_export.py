@@ -3,10 +3,10 @@
 import errno
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
+from command import Zeroout
 from finished_campaign import TINY, brought, finished, no_failures
 from rich.console import Console
 
@@ -68,15 +68,10 @@ def test_a_campaign_ends_with_the_files_that_are_not_there(tmp_path: Path, capsy
     assert last == f"not among the models: 0.5.onnx, 0.5.pt2; zeroout export {folder.path} says why"
 
 
-def test_the_command_tells_what_it_could_not_write_and_does_not_end_with_0(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_tells_what_it_could_not_write_and_does_not_end_with_0(zeroout: Zeroout, tmp_path: Path) -> None:
     folder = finished(tmp_path / "out", brought("deciding"))
-    monkeypatch.setattr(sys, "argv", ["zeroout", "export", str(folder.path), "--repeats", "0"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == 2
-    output, error = capsys.readouterr()
+    code, error, output = zeroout("export", folder.path, "--repeats", 0)
+    assert code == 2
     assert "0.5.safetensors" in output
     assert len(error.strip().splitlines()) == 2
     assert "export can write" in error

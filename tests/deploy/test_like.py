@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import zeroout
+from command import Zeroout
 from torch import nn
 
 from deploy.folder import CampaignFolder
@@ -87,13 +87,15 @@ def test_a_network_of_another_kind_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_prune_ends_with_the_widths_of_the_file(
+    zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr("deploy.campaign.export", lambda *_, **__: [])
     (tmp_path / "tiny.toml").write_text(TINY)
     file, out = pruned(tmp_path / "compact.safetensors"), tmp_path / "out"
     monkeypatch.chdir(tmp_path)  # a relative path still holds for a resume from elsewhere
     asked = ("prune", "tiny.toml", "--method", "uniform-l1", "--like", "compact.safetensors", "--steps", 3)
-    assert zeroout(monkeypatch, *asked, "--out", out) == 0
+    assert zeroout(*asked, "--out", out).code == 0
     (point,) = json.loads((out / "result.json").read_text())["points"]
     network, plan = whole()
     assert widths_like(str(out / point["model"]), FORM.network, plan, network).tolist() == KEPT
@@ -113,8 +115,8 @@ def test_prune_ends_with_the_widths_of_the_file(monkeypatch: pytest.MonkeyPatch,
     ],
 )
 def test_a_mistake_is_one_line(
+    zeroout: Zeroout,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     arguments: tuple[str, ...],
     said: str,
@@ -123,7 +125,7 @@ def test_a_mistake_is_one_line(
     pruned(tmp_path / "whole.safetensors", kept=[])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY)
-    assert zeroout(monkeypatch, "prune", "tiny.toml", *arguments, "--out", "out") == 2
-    error = capsys.readouterr().err
-    assert re.search(said, " ".join(error.split()))
+    ended = zeroout("prune", "tiny.toml", *arguments, "--out", "out")
+    assert ended.code == 2
+    assert re.search(said, " ".join(ended.error.split()))
     assert not (tmp_path / "out").exists()

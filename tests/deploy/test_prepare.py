@@ -10,10 +10,10 @@ from typing import cast
 import pytest
 import torch
 import torch.nn.functional as F
+from command import Zeroout
 from rich.console import Console
 from safetensors.torch import save_file
 
-from deploy import cli
 from deploy.config import CampaignConfig, dump, parse
 from deploy.folder import CampaignFolder
 from deploy.prepare import Baseline, preflight, prepare
@@ -125,27 +125,21 @@ def test_a_baseline_has_no_teacher() -> None:
         preflight(parse(TINY, ["baseline.distillation=0.5"]))
 
 
-def zeroout(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Run the command in this process: its exit code, and its one line of error."""
-    monkeypatch.setattr(sys, "argv", ["zeroout", *map(str, arguments)])
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    lines = capfd.readouterr().err.splitlines()
+def mistake(zeroout: Zeroout, *words: object) -> tuple[int, str]:
+    """Run the command, which must fail: its exit code, and its one line of error."""
+    ended = zeroout(*words)
+    lines = ended.error.splitlines()
     assert len(lines) == 1, lines
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, lines[0]
+    return ended.code, lines[0]
 
 
 @pytest.mark.parametrize(
-    "mistake",
+    "wrong",
     ["baseline.learning_rate=nan", "recovery.learning_rate=inf", "recovery.momentum=nan", "baseline.momentum=1e9"],
 )
-def test_an_impossible_rate_is_one_line_in_the_users_own_words(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], mistake: str
-) -> None:
-    key = mistake.partition("=")[0]
-    code, line = zeroout(monkeypatch, capfd, "run", "--out", tmp_path / "out", "--set", mistake)
+def test_an_impossible_rate_is_one_line_in_the_users_own_words(zeroout: Zeroout, tmp_path: Path, wrong: str) -> None:
+    key = wrong.partition("=")[0]
+    code, line = mistake(zeroout, "run", "--out", tmp_path / "out", "--set", wrong)
     assert code == 2
     assert line.startswith(f"zeroout: {key}: expected a ")
     assert f"; set {key}, for instance to its default" in line
@@ -153,7 +147,7 @@ def test_an_impossible_rate_is_one_line_in_the_users_own_words(
 
 
 def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    zeroout: Zeroout, tmp_path: Path
 ) -> None:
     out, given = tmp_path / "out", tmp_path / "given.toml"
     # decayed by several times their size in each update, the weights overflow once the rate has risen
@@ -161,7 +155,7 @@ def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_chang
     given.write_text(
         f"[network]\nwidth = 0.25\n[data]\nvalidation_share = 0.2\n[baseline]\n{absurd}\nbatch_size = 64\n"
     )
-    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out)
+    code, line = mistake(zeroout, "run", given, "--out", out)
     checkpoint = out / "baseline" / "baseline.pt"
     assert code == 1
     assert re.search(r"not finite in epoch [2-8] at learning rate \d", line)
@@ -172,14 +166,14 @@ def test_a_diverging_baseline_says_what_to_change_and_goes_on_once_that_is_chang
     assert epoch >= 1
 
     changed = "baseline.learning_rate=0.01"
-    code, line = zeroout(monkeypatch, capfd, "run", given, "--out", out, "--set", changed)
+    code, line = mistake(zeroout, "run", given, "--out", out, "--set", changed)
     assert code == 2
     assert "holds another campaign; baseline.learning_rate" in line
     assert "another --out" in line
 
     config = parse(given.read_text(), [changed, "baseline.weight_decay=0.0"])
     (out / "campaign.toml").write_text(dump(config))
-    code, line = zeroout(monkeypatch, capfd, "resume", out)
+    code, line = mistake(zeroout, "resume", out)
     assert code == 2
     assert f"checkpoint {checkpoint}: expected this training, with baseline.weight_decay 0.0, got 1.0" in line
     assert "remove that file to train anew" in line

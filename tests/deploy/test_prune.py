@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from command import zeroout
+from command import Zeroout
 from PIL import Image
 
 import deploy.limit
@@ -54,12 +54,10 @@ def result_of(out: Path) -> dict[str, Any]:
     return result
 
 
-def test_a_rule_prunes_to_the_asked_shares_of_the_asked_measure(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
-) -> None:
+def test_a_rule_prunes_to_the_asked_shares_of_the_asked_measure(zeroout: Zeroout, tmp_path: Path, config: Path) -> None:
     out = tmp_path / "out"
     asked = ("--compression", 0.6, "--compression", 0.8, "--measure", "macs")
-    assert zeroout(monkeypatch, "prune", config, "--method", "gamma", *asked, "--steps", 4, "--out", out) == 0
+    assert zeroout("prune", config, "--method", "gamma", *asked, "--steps", 4, "--out", out).code == 0
     result = result_of(out)
     assert [point["policy"] for point in result["points"]] == ["gamma", "gamma"]
     for point, target in zip(result["points"], (0.6, 0.8), strict=True):
@@ -75,29 +73,28 @@ def test_a_rule_prunes_to_the_asked_shares_of_the_asked_measure(
 
 @pytest.mark.usefixtures("no_export")
 def test_a_finished_campaign_resumes_to_the_same_result_and_a_cut_off_one_goes_on(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+    zeroout: Zeroout, tmp_path: Path, config: Path
 ) -> None:
     out = tmp_path / "out"
-    assert zeroout(monkeypatch, "prune", config, "--steps", 3, "--out", out) == 0
+    assert zeroout("prune", config, "--steps", 3, "--out", out).code == 0
     first, model = result_of(out), next((out / "recovered").glob("*.safetensors"))
     weights = model.read_bytes()
-    assert zeroout(monkeypatch, "resume", out) == 0
+    assert zeroout("resume", out).code == 0
     assert result_of(out) == first
     # as if killed after the search: the same network is recovered again, bit for bit
     for path in [out / "result.json", *(out / "recovered").iterdir()]:
         path.unlink()
-    assert zeroout(monkeypatch, "resume", out) == 0
+    assert zeroout("resume", out).code == 0
     assert result_of(out) == first
     assert model.read_bytes() == weights
 
 
 @pytest.mark.usefixtures("no_export")
-def test_max_drop_finds_the_smallest_network_that_loses_no_more(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
-) -> None:
+def test_max_drop_finds_the_smallest_network_that_loses_no_more(zeroout: Zeroout, tmp_path: Path, config: Path) -> None:
     out = tmp_path / "out"
     asked = ("--max-drop", 8.0, "--compression", 0.2, "--compression", 0.95, "--method", "taylor")
-    assert zeroout(monkeypatch, "prune", config, *asked, "--steps", 4, "--out", out) == 0
+    ended = zeroout("prune", config, *asked, "--steps", 4, "--out", out)
+    assert ended.code == 0
     result = result_of(out)
     (point,) = result["points"]
     baseline = result["baseline"]["val_accuracy"]
@@ -110,23 +107,21 @@ def test_max_drop_finds_the_smallest_network_that_loses_no_more(
     stuck = "no filters allow a step between" in result["limit"]
     assert nearest - point["compression"] <= 0.002 or lost >= 8.0 - 0.2 or stuck
     assert f"{nearest:.2%} loses" in result["limit"]
-    assert result["limit"] in capsys.readouterr().out
-    assert zeroout(monkeypatch, "resume", out) == 0
+    assert result["limit"] in ended.output
+    assert zeroout("resume", out).code == 0
     assert result_of(out) == result
 
 
 @pytest.mark.usefixtures("no_export")
-def test_max_drop_says_when_the_highest_target_still_holds(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
-) -> None:
+def test_max_drop_says_when_the_highest_target_still_holds(zeroout: Zeroout, tmp_path: Path, config: Path) -> None:
     out = tmp_path / "out"
-    assert zeroout(monkeypatch, "prune", config, "--max-drop", 99, "--compression", 0.3, "--out", out) == 0
+    assert zeroout("prune", config, "--max-drop", 99, "--compression", 0.3, "--out", out).code == 0
     result = result_of(out)
     assert result["points"][0]["target"] == 0.3
     assert "raise it to go further" in result["limit"]
 
 
-def test_a_network_and_images_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_network_and_images_of_ones_own(zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name, shade in (("dark", 40), ("light", 160), ("bright", 240)):
         (tmp_path / "images" / name).mkdir(parents=True)
         for number in range(16):
@@ -140,7 +135,7 @@ def test_a_network_and_images_of_ones_own(monkeypatch: pytest.MonkeyPatch, tmp_p
     )
     monkeypatch.chdir(tmp_path)
     what = ("--model", "zoo:factory", "--weights", "weights.pt", "--data", "images")
-    assert zeroout(monkeypatch, "prune", config, *what, "--compression", 0.5, "--out", "out") == 0
+    assert zeroout("prune", config, *what, "--compression", 0.5, "--out", "out").code == 0
     result = result_of(tmp_path / "out")
     assert result["baseline"]["parameters"] == sum(parameter.numel() for parameter in network.parameters())
     resolved = load(tmp_path / "out" / "campaign.toml")
@@ -172,11 +167,11 @@ def test_a_rule_alone_has_no_controls_beside_it() -> None:
 
 @pytest.mark.parametrize("method", ["cem", "untrained", "balanced"])
 def test_others_than_rules_play_alone_too_and_go_on_where_they_stopped(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, no_export: None, method: str
+    zeroout: Zeroout, tmp_path: Path, config: Path, no_export: None, method: str
 ) -> None:
     out = tmp_path / "out"
     sets = ("--set", f'search.method="{method}"', "--set", "search.episodes=12", "--set", "episode.waypoints=4")
-    assert zeroout(monkeypatch, "run", config, *sets, "--out", out) == 0
+    assert zeroout("run", config, *sets, "--out", out).code == 0
     path = out / "episodes.jsonl"
     lines = path.read_text().splitlines()
     records = [json.loads(line) for line in lines]
@@ -185,7 +180,7 @@ def test_others_than_rules_play_alone_too_and_go_on_where_they_stopped(
     path.write_text("".join(f"{line}\n" for line in lines[:11]))
     for product in ("result.json", "report.html"):
         (out / product).unlink()
-    assert zeroout(monkeypatch, "resume", out) == 0
+    assert zeroout("resume", out).code == 0
     again = [json.loads(line) for line in path.read_text().splitlines()]
     # the last episode is the same: what it depends on is in the records of the others
     unlike = ("seconds", "phases", "finished")
@@ -195,7 +190,7 @@ def test_others_than_rules_play_alone_too_and_go_on_where_they_stopped(
 
 @pytest.mark.usefixtures("no_export")
 def test_a_limit_is_looked_for_by_the_rule_and_allocation_that_were_asked_for(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+    zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
 ) -> None:
     asked, heuristic = [], deploy.limit.heuristic
 
@@ -205,6 +200,6 @@ def test_a_limit_is_looked_for_by_the_rule_and_allocation_that_were_asked_for(
 
     monkeypatch.setattr(deploy.limit, "heuristic", noted)
     rule = ("--method", "uniform-l1", "--allocation", "balanced", "--max-drop", 30)
-    assert zeroout(monkeypatch, "prune", config, *rule, "--steps", 4, "--out", tmp_path / "out") == 0
+    assert zeroout("prune", config, *rule, "--steps", 4, "--out", tmp_path / "out").code == 0
     assert asked
     assert set(asked) == {("uniform-l1", "balanced")}

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,9 +12,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from command import Zeroout
 from finished_campaign import brought, compacted, finished, no_failures, trained
 
-from deploy import cli, quantize
+from deploy import quantize
 from deploy.folder import CampaignFolder
 from deploy.formats import INT8, Source, load_exported
 from deploy.latency import write_table
@@ -27,7 +27,6 @@ from env.errors import UserError, ZerooutError
 
 DIGITS = load_dataset(DataConfig())
 TOLERANCE = 0.02  # of accuracy on 269 test images: five of them
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -57,20 +56,6 @@ def quickly(quantized_once: CampaignFolder, float_onnx: bytes, monkeypatch: pyte
     made = (quantized_once.export / f"0.5.{INT8}").read_bytes()
     monkeypatch.setattr(Source, "encode", lambda source, name: float_onnx)
     monkeypatch.setattr(quantize, "quantize", lambda model, images: made)
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
-    """`zeroout export DIR --repeats 0` and what else is given: its exit code, output and errors."""
-
-    def run(folder: CampaignFolder, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["zeroout", "export", str(folder.path), "--repeats", "0", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), *capfd.readouterr()
-
-    return run
 
 
 def facts_of(folder: CampaignFolder, network: str) -> dict[str, Any]:
@@ -205,9 +190,9 @@ def test_the_description_is_inside_and_beside_with_how_it_was_calibrated(quantiz
 
 
 def test_the_command_prints_accuracies_beside_float_and_keeps_them_in_the_table(
-    quantized: CampaignFolder, command: Command
+    quantized: CampaignFolder, zeroout: Zeroout
 ) -> None:
-    code, output, error = command(quantized, "--int8", "--format", "safetensors")
+    code, error, output = zeroout("export", quantized.path, "--repeats", 0, "--int8", "--format", "safetensors")
     assert (code, error) == (0, "")
     assert [line.rpartition("/")[2] for line in output.splitlines() if line.startswith("/")] == [
         "0.5.safetensors", "0.5.onnx", "baseline.int8.onnx", "0.5.int8.onnx",
@@ -266,9 +251,9 @@ def test_sums_depthwise_convolutions_and_views_are_quantized_too(form: NetworkFo
     assert difference.square().mean() < 0.1**2 * expected.square().mean()
 
 
-def test_a_campaign_that_is_not_finished_is_told(campaign: CampaignFolder, command: Command) -> None:
+def test_a_campaign_that_is_not_finished_is_told(campaign: CampaignFolder, zeroout: Zeroout) -> None:
     campaign.result_json.unlink()
-    code, _, error = command(campaign, "--int8")
+    code, error, _ = zeroout("export", campaign.path, "--repeats", 0, "--int8")
     assert code == 2
     assert error.strip().endswith(f"got none yet; zeroout resume {campaign.path}")
     assert len(error.splitlines()) == 1
@@ -284,11 +269,11 @@ def gone(folder: CampaignFolder) -> None:
 
 
 def test_images_that_are_gone_are_told_in_a_line_and_the_float_files_are_written(
-    quantized: CampaignFolder, command: Command
+    quantized: CampaignFolder, zeroout: Zeroout
 ) -> None:
     before = (quantized.export / f"0.5.{INT8}").read_bytes()
     gone(quantized)
-    code, output, error = command(quantized, "--int8", "--format", "safetensors")
+    code, error, output = zeroout("export", quantized.path, "--repeats", 0, "--int8", "--format", "safetensors")
     assert code == 2
     assert len(error.splitlines()) == 1
     assert "export --int8: expected the campaign's images" in error

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from command import zeroout
+from command import Zeroout
 
 from deploy.config import load
 from env.compact_file import network_from_file
@@ -61,17 +61,17 @@ def result_of(out: Path) -> dict[str, Any]:
     return result
 
 
-def test_filters_are_replaced_trained_on_and_then_pruned(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
-) -> None:
+def test_filters_are_replaced_trained_on_and_then_pruned(zeroout: Zeroout, tmp_path: Path, config: Path) -> None:
     asked = ("--method", "hrank", "--compression", 0.6, "--steps", 1)
     outs = {how: tmp_path / f"out{how}" for how in ("", "none", "2")}
     weights = outs[""] / "baseline" / "model.safetensors"
+    printed = ""
     for how, out in outs.items():
         given = ("--replace", how, "--share", 0.25) if how else ()
         sets = () if not how else ("--set", f"network.weights={json.dumps(str(weights))}")
-        assert zeroout(monkeypatch, "prune", config, *asked, *given, *sets, "--out", out) == 0
-    printed = capsys.readouterr().out
+        ended = zeroout("prune", config, *asked, *given, *sets, "--out", out)
+        assert ended.code == 0
+        printed += ended.output
     results = {how: result_of(out) for how, out in outs.items()}
     assert "replacement" not in results[""]
     assert not (outs[""] / "baseline" / "replaced.json").exists()
@@ -96,24 +96,24 @@ def test_filters_are_replaced_trained_on_and_then_pruned(
 
 
 def test_a_campaign_cut_off_after_any_product_ends_in_the_same_network(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+    zeroout: Zeroout, tmp_path: Path, config: Path
 ) -> None:
     out = tmp_path / "out"
-    assert zeroout(monkeypatch, "prune", config, "--replace", "1", "--method", "hrank", "--out", out) == 0
+    assert zeroout("prune", config, "--replace", "1", "--method", "hrank", "--out", out).code == 0
     first, model = result_of(out), next((out / "recovered").glob("*.safetensors"))
     weights = model.read_bytes()
     for gone in (["result.json"], ["result.json", "baseline/replaced.json", "baseline/replaced.safetensors"]):
         for path in [*(out / name for name in gone), *(out / "recovered").iterdir(), *(out / "candidates").iterdir()]:
             path.unlink(missing_ok=True)
         (out / "episodes.jsonl").unlink()
-        assert zeroout(monkeypatch, "resume", out) == 0
+        assert zeroout("resume", out).code == 0
         assert {**result_of(out), "seconds": 0} == {**first, "seconds": 0}
         assert model.read_bytes() == weights
 
 
 @pytest.mark.parametrize("method", ["fpgm", "l2"])
 def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, method: str
+    zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, method: str
 ) -> None:
     out = tmp_path / "out"
     asked = ("--method", method, "--allocation", "balanced", "--steps", 3)
@@ -126,7 +126,7 @@ def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
 
     with monkeypatch.context() as patched:
         patched.setattr(Recognizer, "importance", noted)
-        assert zeroout(monkeypatch, "prune", config, *asked, "--out", out) == 0
+        assert zeroout("prune", config, *asked, "--out", out).code == 0
     assert result_of(out)["points"][0]["policy"] == method
     assert load(out / "campaign.toml").search.allocation == "balanced"
     in_the_episode = [kept for name, kept in looked_at if name == method][:3]  # before each of the three steps
@@ -134,12 +134,12 @@ def test_other_importances_prune_too_and_are_looked_at_again_after_each_step(
 
 
 def test_what_the_file_says_stays_where_no_option_says_otherwise(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
+    zeroout: Zeroout, tmp_path: Path, config: Path
 ) -> None:
     config.write_text(
         TINY.replace("[replacement]", '[replacement]\nhow = "2"').replace('"hrank"', '"l2"\nallocation = "global"')
     )
-    assert zeroout(monkeypatch, "prune", config, "--steps", 1, "--out", tmp_path / "file") == 0
+    assert zeroout("prune", config, "--steps", 1, "--out", tmp_path / "file").code == 0
     found = load(tmp_path / "file" / "campaign.toml")
     assert (found.search.method, found.search.allocation) == ("l2", "global")
     assert (found.replacement.how, found.replacement.share) == ("2", 0.25)
@@ -147,11 +147,9 @@ def test_what_the_file_says_stays_where_no_option_says_otherwise(
 
 
 @pytest.mark.parametrize("broken", ["{}", "no JSON", '{"how": "1"}'])
-def test_a_broken_or_other_product_is_made_anew(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path, broken: str
-) -> None:
+def test_a_broken_or_other_product_is_made_anew(zeroout: Zeroout, tmp_path: Path, config: Path, broken: str) -> None:
     out = tmp_path / "out"
-    assert zeroout(monkeypatch, "prune", config, "--replace", "2", "--steps", 1, "--out", out) == 0
+    assert zeroout("prune", config, "--replace", "2", "--steps", 1, "--out", out).code == 0
     first = result_of(out)
     (out / "result.json").unlink()
     product = out / "baseline" / "replaced.json"
@@ -160,21 +158,22 @@ def test_a_broken_or_other_product_is_made_anew(
         (out / "baseline" / "replaced.safetensors").write_bytes(b"short")
     else:
         product.write_text(broken)
-    assert zeroout(monkeypatch, "resume", out) == 0
+    assert zeroout("resume", out).code == 0
     assert product.read_text() == whole
     assert {**result_of(out), "seconds": 0} == {**first, "seconds": 0}
 
 
 def test_an_importance_that_fails_costs_no_result(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, config: Path
+    zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, config: Path
 ) -> None:
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("a map of three dimensions")
 
     monkeypatch.setattr("deploy.recover.importances", fails)
-    assert zeroout(monkeypatch, "prune", config, "--method", "l2", "--steps", 1, "--out", tmp_path / "out") == 0
+    ended = zeroout("prune", config, "--method", "l2", "--steps", 1, "--out", tmp_path / "out")
+    assert ended.code == 0
     assert "agreement" not in result_of(tmp_path / "out")["points"][0]
-    assert "cannot be compared with what was kept: a map of three dimensions" in capsys.readouterr().out
+    assert "cannot be compared with what was kept: a map of three dimensions" in ended.output
 
 
 @pytest.mark.parametrize(
@@ -192,14 +191,13 @@ def test_an_importance_that_fails_costs_no_result(
     ],
 )
 def test_a_mistake_is_one_line(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    zeroout: Zeroout,
     tmp_path: Path,
     config: Path,
     arguments: tuple[str, ...],
     said: str,
 ) -> None:
-    assert zeroout(monkeypatch, "prune", config, *arguments, "--out", tmp_path / "out") == 2
-    error = capsys.readouterr().err.strip()
-    assert said in error
-    assert "\n" not in error
+    ended = zeroout("prune", config, *arguments, "--out", tmp_path / "out")
+    assert ended.code == 2
+    assert said in ended.error
+    assert "\n" not in ended.error.strip()

@@ -2,16 +2,15 @@
 
 import io
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from command import Zeroout
 from rich.console import Console
 
 import deploy.replay_info as module
-from deploy import cli
 from deploy.config import CampaignConfig, dump
 from deploy.folder import CampaignFolder
 from deploy.redis_server import EmbeddedServer, running_url
@@ -71,17 +70,12 @@ def test_the_server_may_be_given(campaign: CampaignFolder, running: EmbeddedServ
 
 
 def test_the_command_prints_a_table_or_json(
-    campaign: CampaignFolder,
-    running: EmbeddedServer,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    zeroout: Zeroout, campaign: CampaignFolder, running: EmbeddedServer
 ) -> None:
     for option, word in (([], "inserted"), (["--json"], '"waiting": "actors"')):
-        monkeypatch.setattr(sys, "argv", ["zeroout", "replay-info", str(campaign.path), *option])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        assert not ended.value.code
-        assert word in capfd.readouterr().out
+        ended = zeroout("replay-info", campaign.path, *option)
+        assert ended.code == 0
+        assert word in ended.output
 
 
 def test_watching_shows_it_anew_until_the_server_ends(

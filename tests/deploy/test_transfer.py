@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import zeroout
+from command import Zeroout
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -92,11 +92,11 @@ def kernels(state: dict[str, Tensor]) -> list[Tensor]:
 @pytest.mark.usefixtures("no_export")
 @pytest.mark.parametrize("how", HOWS)
 def test_each_treatment_starts_from_the_old_body_with_a_new_head(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, config: Path, how: str
+    zeroout: Zeroout, tmp_path: Path, source: Path, config: Path, how: str
 ) -> None:
     out = tmp_path / "out"
     what = ("--weights", source, "--from-classes", 5, "--treat", how, "--share", 0.3)
-    assert zeroout(monkeypatch, "transfer", config, *what, "--compression", 0.8, "--steps", 2, "--out", out) == 0
+    assert zeroout("transfer", config, *what, "--compression", 0.8, "--steps", 2, "--out", out).code == 0
     old, new = load_file(source), before_training(out)
     assert new["classifier.weight"].shape[0] == 5
     assert not torch.isin(new["classifier.weight"], old["classifier.weight"]).any()
@@ -130,11 +130,11 @@ def test_each_treatment_starts_from_the_old_body_with_a_new_head(
 @pytest.mark.usefixtures("no_export")
 @pytest.mark.parametrize("how", ["prune", "3"])
 def test_a_campaign_that_was_killed_between_two_products_ends_with_equal_bytes(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path, config: Path, how: str
+    zeroout: Zeroout, tmp_path: Path, source: Path, config: Path, how: str
 ) -> None:
     out = tmp_path / "out"
     what = ("--weights", source, "--from-classes", 5, "--treat", how, "--share", 0.3, "--steps", 2)
-    assert zeroout(monkeypatch, "transfer", config, *what, "--compression", 0.7, "--out", out) == 0
+    assert zeroout("transfer", config, *what, "--compression", 0.7, "--out", out).code == 0
     products = [out / "result.json", *sorted((out / "recovered").glob("*.safetensors"))]
     products += [out / "baseline" / name for name in ("baseline.json", "model.safetensors", "transferred.safetensors")]
     first = {path: path.read_bytes() for path in products}
@@ -144,19 +144,19 @@ def test_a_campaign_that_was_killed_between_two_products_ends_with_equal_bytes(
             path.unlink()
         for path in (out / "recovered").glob("*.pt"):
             path.unlink()
-        assert zeroout(monkeypatch, "resume", out) == 0
+        assert zeroout("resume", out).code == 0
         assert {path: path.read_bytes() for path in products} == first
 
 
 def test_a_network_that_is_compact_from_the_start_is_exported_and_timed_beside_the_whole_one(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, source: Path, config: Path
+    zeroout: Zeroout, tmp_path: Path, source: Path, config: Path
 ) -> None:
     out = tmp_path / "out"
     what = ("--weights", source, "--from-classes", 5, "--treat", "prune", "--share", 0.3, "--steps", 2)
-    assert zeroout(monkeypatch, "transfer", config, *what, "--compression", 0.8, "--out", out) == 0
-    said = capsys.readouterr().out
+    ended = zeroout("transfer", config, *what, "--compression", 0.8, "--out", out)
+    assert ended.code == 0
     line = "the weakest 30% of each layer's filters by rank were removed, which counts as compression"
-    assert line in said
+    assert line in ended.output
     folder, path = CampaignFolder.open(out), out / "export" / "0.8.safetensors"
     assert line in write_report(folder).read_text().replace("&#x27;", "'").replace("&#39;", "'")
     rows = write_table(folder, [path], repeats=0)["rows"]
@@ -184,11 +184,11 @@ def test_skip_convolutions_stand_between_what_the_transfer_has_left(tmp_path: Pa
     assert plan.costs(plan.widths)["parameters"] < baseline.given["parameters"]
 
 
-def mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], out: Path, *arguments: object) -> str:
+def mistake(zeroout: Zeroout, out: Path, *arguments: object) -> str:
     """Run a transfer that must be refused: one line, exit 2, no folder made; returns the line."""
-    capfd.readouterr()
-    assert zeroout(monkeypatch, "transfer", *arguments, "--out", out) == 2
-    lines = [line for line in capfd.readouterr().err.splitlines() if line]
+    ended = zeroout("transfer", *arguments, "--out", out)
+    assert ended.code == 2
+    lines = [line for line in ended.error.splitlines() if line]
     assert len(lines) == 1, lines
     assert not out.exists()
     return lines[0]
@@ -221,8 +221,7 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     ],
 )
 def test_a_mistake_is_one_line_before_anything_is_made(
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    zeroout: Zeroout,
     tmp_path: Path,
     source: Path,
     config: Path,
@@ -230,24 +229,22 @@ def test_a_mistake_is_one_line_before_anything_is_made(
     named: str,
 ) -> None:
     whole = (config, "--weights", source, "--from-classes", 5, *arguments)
-    assert named in mistake(monkeypatch, capfd, tmp_path / "out", *whole)
+    assert named in mistake(zeroout, tmp_path / "out", *whole)
 
 
-def test_what_comes_from_where_must_be_said(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path, source: Path
-) -> None:
-    assert "--weights: expected the state dict" in mistake(monkeypatch, capfd, tmp_path / "out", "--from-classes", 5)
-    assert "--from-classes: expected how many" in mistake(monkeypatch, capfd, tmp_path / "out", "--weights", source)
+def test_what_comes_from_where_must_be_said(zeroout: Zeroout, tmp_path: Path, source: Path) -> None:
+    assert "--weights: expected the state dict" in mistake(zeroout, tmp_path / "out", "--from-classes", 5)
+    assert "--from-classes: expected how many" in mistake(zeroout, tmp_path / "out", "--weights", source)
 
 
 @pytest.mark.usefixtures("no_export")
 def test_without_a_config_trainings_are_fitted_to_few_images(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path
+    zeroout: Zeroout, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, source: Path
 ) -> None:
     monkeypatch.setattr("deploy.transfer._LEAST_UPDATES", {"baseline": 45, "recovery": 43})
     what = ("--weights", source, "--from-classes", 5, "--classes", "9,8", "--images-per-class", 5, "--steps", 1)
     sets = ("--set", "network.width=0.25", "--set", "recovery.batch_size=5")
-    assert zeroout(monkeypatch, "transfer", *what, *sets, "--compression", 0.5, "--out", tmp_path / "out") == 0
+    assert zeroout("transfer", *what, *sets, "--compression", 0.5, "--out", tmp_path / "out").code == 0
     resolved = load(tmp_path / "out" / "campaign.toml")
     assert (resolved.data.chosen, resolved.data.train_per_class) == (("9", "8"), 5)
     assert (resolved.baseline.batch_size, resolved.episode.batch_size, resolved.recovery.batch_size) == (2, 2, 5)

@@ -1,15 +1,17 @@
-"""`zeroout` as a user types it, in the test's own process."""
+"""What the fixture `zeroout` gives (tests/deploy/conftest.py): the command in the test's own process."""
 
-import pytest
+from collections.abc import Callable
+from typing import NamedTuple
 
-from deploy import cli
-
-__all__ = ["zeroout"]
+__all__ = ["Ended", "Zeroout"]
 
 
-def zeroout(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run the command; its exit code."""
-    monkeypatch.setattr("sys.argv", ["zeroout", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    return int(ended.value.code or 0)
+class Ended(NamedTuple):
+    """How the command ended, and what it wrote."""
+
+    code: int
+    error: str
+    output: str
+
+
+Zeroout = Callable[..., Ended]  # of the words behind `zeroout`
