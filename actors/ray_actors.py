@@ -1,6 +1,7 @@
-"""The Ray shell: players and the learner as named, restarting Ray actors. Nothing is decided here.
+"""The Ray shell: players, the learner and recoveries as named Ray actors. Nothing is decided here.
 
-Ray restarts processes (`max_restarts=-1`) and is not asked to remember: a restarted actor finds its place in Redis.
+Ray restarts players and the learner (`max_restarts=-1`) and is not asked to remember: they find their place in Redis.
+A recovery finds it in the driver's folder: the driver starts another actor for it.
 """
 
 import logging
@@ -17,10 +18,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from actors.metrics import PLAYER_SECONDS
 from actors.player import Brief, Player
 from actors.ray_metrics import RayMetrics
+from actors.recovery import News, RecoveryOrder, RecoveryRun
 from actors.trainer import Trainer
 from env.data import Dataset
 
-__all__ = ["start_learner", "start_player"]
+__all__ = ["start_learner", "start_player", "start_recovery"]
 
 _WAIT_S = 0.2
 
@@ -74,6 +76,28 @@ class LearnerActor:
             self._trainer.save()
 
 
+class RecoveryActor:
+    """Retrains one network."""
+
+    def __init__(self, name: str, order: RecoveryOrder, campaign: str, gpus: float, threads: int) -> None:
+        _prepare_process(threads)
+        self._name, self._metrics = name, RayMetrics(campaign=campaign, actor=name)
+        log = logging.getLogger("zeroout").info
+        self._run = RecoveryRun(order, device=_device(name, gpus), log=log, metrics=self._metrics)
+
+    def __repr__(self) -> str:
+        return f"RecoveryActor({self._name})"
+
+    def run(self, dataset: Dataset, teacher: bytes) -> bytes:
+        """The retrained network; see `RecoveryRun.run`."""
+        with self._metrics:
+            return self._run.run(dataset, teacher)
+
+    def news(self, version: int) -> News:
+        """How far it is, beside a `run` that goes on; see `RecoveryRun.news`."""
+        return self._run.news(version)
+
+
 def start_player(name: str, *, gpus: float, cpus: float, threads: int, namespace: str) -> Any:
     """Start a player's process, on any node that has room for it, now or later; it waits for `run`."""
     shell = ray.remote(EpisodeActor).options(
@@ -105,6 +129,21 @@ def start_learner(checkpoints: Path, threads: int, namespace: str) -> Any:
         scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
     )
     return shell.remote(str(checkpoints), threads)
+
+
+def start_recovery(
+    name: str, order: RecoveryOrder, *, campaign: str, gpus: float, cpus: float, threads: int, namespace: str
+) -> Any:
+    """Start a recovery's process, on any node that has room for it, now or later; it waits for `run`."""
+    shell = ray.remote(RecoveryActor).options(
+        name=name,
+        namespace=namespace,
+        num_gpus=gpus,
+        num_cpus=cpus,
+        max_concurrency=2,  # `news` beside `run`
+        scheduling_strategy="SPREAD",
+    )
+    return shell.remote(name, order, campaign, gpus, threads)
 
 
 def _device(name: str, gpus: float) -> str:

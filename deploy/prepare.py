@@ -33,7 +33,7 @@ from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
 from env.training import TrainConfig, train
 
-__all__ = ["Baseline", "default_device", "preflight", "prepare", "train_shown"]
+__all__ = ["Baseline", "default_device", "how_to_go_on", "preflight", "prepare", "train_shown"]
 
 _LOG = logging.getLogger(__name__)
 _MOSTLY = 0.5  # of all multiply-accumulates outside what is counted: a share of the rest would say little
@@ -276,6 +276,11 @@ def train_shown(
             on_batch=partial(progress.batch, name),
         )
     except NonFiniteError as error:
-        raise NonFiniteError(
-            f"{name}: {error}. To go on: change that in {folder.campaign_toml}, and zeroout resume {folder.path}"
-        ) from error
+        raise how_to_go_on(name, error, folder) from error
+
+
+def how_to_go_on(name: str, error: NonFiniteError, folder: CampaignFolder) -> NonFiniteError:
+    """The error of the training that people know as `name`, with what can be done."""
+    return NonFiniteError(
+        f"{name}: {error}. To go on: change that in {folder.campaign_toml}, and zeroout resume {folder.path}"
+    )

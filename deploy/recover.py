@@ -3,6 +3,7 @@
 Its products are `recovered/GROUP-TARGET.safetensors` with a `.json` beside each, and result.json.
 """
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from deploy.frontier import PEERS
 from deploy.peers import left_out
 from deploy.prepare import Baseline, default_device, train_shown
 from deploy.progress import Progress
+from deploy.recover_on_ray import Retraining, may_share, retrained_together
 from deploy.replace import FACTS
 from env.channels import ChannelPlan, costs_of
 from env.compact_file import network_from_file, network_to_bytes
@@ -35,6 +37,15 @@ _PEERS_STEP = "the least that this peer could take and reach the target"
 LIMIT = "limit.json"  # in `recovered/`: which network deploy/limit.py found, and why
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Candidate:
+    """A network to recover, where it is to be kept, and where it came from."""
+
+    network: nn.Module
+    model: Path
+    origin: Mapping[str, Any]
+
+
 @dataclass(frozen=True)
 class Recovery:
     """The third stage of one campaign; `dataset` is on the device where networks are retrained."""
@@ -46,18 +57,17 @@ class Recovery:
     progress: Progress
 
     def run(self) -> None:
-        """Recover the best network of every group and target."""
-        for target in self.config.episode.targets:
+        """Recover the best network of every group and target, several at once where the campaign's Ray has GPUs."""
+        targets = self.config.episode.targets
+        for together in [(target,) for target in targets] if self.config.has_limit else [targets]:
             if self.config.has_limit and self._nothing_holds():
                 return  # what loses too much needs no further recoveries
-            for group in self.config.groups:
-                candidate = candidate_path(self.folder, group, target)
-                if group in self.config.peers and not _complete(candidate):
-                    continue  # it could not prune this network (deploy/peers.py)
-                if not _complete(self._model(group, target)):
-                    network = network_from_file(str(candidate))
-                    origin = {"target": target, "group": group, **read_json(candidate.with_suffix(".json"))}
-                    self.recovered(network, self._model(group, target), origin)
+            wanted = [(group, target) for target in together for group in self.config.groups]
+            missing = [self._candidate(*place) for place in wanted if self._is_missing(*place)]
+            if len(missing) > 1 and may_share(self.config):
+                self._recover_together(missing)
+            for each in missing:
+                self.recovered(each.network, each.model, each.origin)
 
     def recovered(self, network: nn.Module, model: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
         """Retrain `network` as the configuration says, judge it on validation, and keep it as `model`.
@@ -68,22 +78,68 @@ class Recovery:
         if _complete(model):
             facts: dict[str, Any] = read_json(model.with_suffix(".json"))
             return facts
-        model.parent.mkdir(exist_ok=True)
-        name, recovery, device = f"{origin['group']} {origin['target']:.2%}", self.config.recovery, default_device()
-        self.progress.stage("recover", f"{name}, {recovery.epochs} epochs")
+        asked = self._retraining(network, model, origin)
+        recovery, device = self.config.recovery, default_device()
+        self.progress.stage("recover", f"{asked.name}, {recovery.epochs} epochs")
         train_shown(
             network.to(device),
             self.dataset,
             self.config,
             recovery,
-            name=name,
+            name=asked.name,
             section="recovery",
-            seed=derive_seed(self.config.seed, "final recovery", str(origin["target"])),  # the same for all groups
-            teacher=self.baseline.network.to(device) if recovery.distillation else None,
-            checkpoint=model.with_suffix(".pt"),
+            seed=asked.seed,
+            teacher=self._teacher.to(device) if self._teacher else None,
+            checkpoint=asked.checkpoint,
             folder=self.folder,
             progress=self.progress,
         )
+        return self._keep(network, model, origin)
+
+    def _recover_together(self, missing: Sequence[_Candidate]) -> None:
+        """Recover as many of these as the campaign's Ray can, side by side."""
+        asked = [self._retraining(each.network, each.model, each.origin) for each in missing]
+        made = retrained_together(
+            asked,
+            folder=self.folder,
+            config=self.config,
+            dataset=self.dataset,
+            form=self.baseline.form,
+            teacher=self._teacher,
+            progress=self.progress,
+        )
+        of = {retraining.checkpoint: each for retraining, each in zip(asked, missing, strict=True)}
+        with contextlib.closing(made):
+            for retraining, network in made:
+                each = of[retraining.checkpoint]
+                facts = self._keep(network.to(default_device()), each.model, each.origin)
+                self.progress.note(f"{retraining.name}: recovered, accuracy {facts['validation']['accuracy']:.2%}")
+
+    def _is_missing(self, group: str, target: float) -> bool:
+        """Whether a network is not recovered yet; a peer may have made none to recover (deploy/peers.py)."""
+        there = group not in self.config.peers or _complete(candidate_path(self.folder, group, target))
+        return there and not _complete(self._model(group, target))
+
+    def _candidate(self, group: str, target: float) -> _Candidate:
+        path = candidate_path(self.folder, group, target)
+        origin = {"target": target, "group": group, **read_json(path.with_suffix(".json"))}
+        return _Candidate(network=network_from_file(str(path)), model=self._model(group, target), origin=origin)
+
+    @property
+    def _teacher(self) -> nn.Module | None:
+        return self.baseline.network if self.config.recovery.distillation else None
+
+    def _retraining(self, network: nn.Module, model: Path, origin: Mapping[str, Any]) -> Retraining:
+        model.parent.mkdir(exist_ok=True)
+        return Retraining(
+            name=f"{origin['group']} {origin['target']:.2%}",
+            network=network,
+            seed=derive_seed(self.config.seed, "final recovery", str(origin["target"])),  # the same for all groups
+            checkpoint=model.with_suffix(".pt"),
+        )
+
+    def _keep(self, network: nn.Module, model: Path, origin: Mapping[str, Any]) -> dict[str, Any]:
+        """Judge a network that is recovered, on the device, and write it with what is known of it."""
         measure, costs = self.baseline.measure, self._costs(network)
         facts = {
             **origin,

@@ -9,8 +9,6 @@ The driver holds nothing that Redis or the folder does not: kill it, and `zeroou
 import contextlib
 import json
 import logging
-import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -36,7 +34,7 @@ from deploy.frontier import frontier
 from deploy.live_file import LiveFile
 from deploy.prepare import Baseline
 from deploy.progress import ActorLine, Progress, SearchSnapshot
-from deploy.ray_address import no_cluster
+from deploy.ray_session import gpus_each, ray_session
 from deploy.redis_server import EmbeddedServer
 from deploy.telemetry import Telemetry
 from env.compact_file import network_to_bytes
@@ -49,7 +47,7 @@ from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import starts
 
-__all__ = ["POLL_S", "Services", "Watch", "gpus_each", "open_services", "open_telemetry", "search", "server_name"]
+__all__ = ["POLL_S", "Services", "Watch", "open_services", "open_telemetry", "search", "server_name"]
 
 _log = logging.getLogger(__name__)
 
@@ -98,7 +96,7 @@ def _play_on_ray(
     progress: Progress,
 ) -> None:
     progress.stage("search", f"{config.search.total} episodes by {config.search.actors} actors")
-    with opened as services, _ray(config, progress), open_telemetry(folder, services) as telemetry:
+    with opened as services, ray_session(config, progress), open_telemetry(folder, services) as telemetry:
         watch = Watch(folder, config, services, dataset, progress, telemetry)
         watch.run()
         watch.keep()
@@ -197,31 +195,6 @@ def _open(ledger: Ledger, folder: CampaignFolder, config: CampaignConfig) -> Non
     ledger.clear_stop()
     for episode, owner in ledger.in_flight():
         ledger.release(episode, owner)
-
-
-@contextlib.contextmanager
-def _ray(config: CampaignConfig, progress: Progress) -> Iterator[None]:
-    """A connection to Ray, or a local Ray of our own (whatever else runs on this host) with room for every player."""
-    local = not config.cluster.ray_address
-    needed = max(os.cpu_count() or 1, round(config.search.actors * config.cluster.cpus_per_actor))
-    options: dict[str, Any] = (
-        {"address": "local", "num_cpus": needed, "include_dashboard": config.cluster.dashboard}
-        if local
-        else {"address": config.cluster.ray_address}
-    )
-    # Ray lays handlers of its own over SIGTERM, which end the process at once; the one before is set again.
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        context = ray.init(log_to_driver=False, logging_level=logging.ERROR, configure_logging=False, **options)
-    except ConnectionError as error:
-        raise no_cluster(config.cluster.ray_address, str(error).splitlines()[0]) from error
-    signal.signal(signal.SIGTERM, on_sigterm)
-    if context.dashboard_url:
-        progress.note(f"Ray dashboard: http://{context.dashboard_url}")
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 @dataclass
@@ -437,14 +410,6 @@ def _is_starting(handle: Any) -> bool:
     """Whether Ray is still about to start the process of an actor."""
     found = ray_state.actors(handle._actor_id.hex())  # Ray has no public word for it without its dashboard
     return bool(found.get("State") in _STARTING)
-
-
-def gpus_each(config: CampaignConfig, there: float) -> float:
-    """The GPUs that each actor asks for, where so many are `there`."""
-    asked, local = config.cluster.gpus_per_actor, not config.cluster.ray_address
-    if asked >= 0 or not there:
-        return max(0.0, asked)
-    return min(1.0, there / config.search.actors) if local else 1.0
 
 
 def _actor_line(name: str, seconds: list[float], beat: dict[str, Any]) -> ActorLine:

@@ -32,7 +32,7 @@ from env.retraining import (
     set_rate,
     update,
 )
-from env.training_checkpoint import Checkpoint
+from env.training_checkpoint import Checkpoint, FileStore, Store
 from env.training_reports import BatchReport, EpochReport, Means, Reporter
 
 __all__ = ["RecoveryConfig", "TrainConfig", "distillation_loss", "train"]
@@ -95,7 +95,7 @@ def train(
     seed: int,
     teacher: nn.Module | None = None,
     section: str = "train",
-    checkpoint: Path | None = None,
+    checkpoint: Path | Store | None = None,
     on_epoch: Callable[[EpochReport], None] | None = None,
     on_batch: Callable[[BatchReport], None] | None = None,
 ) -> Metrics:
@@ -103,11 +103,11 @@ def train(
 
     `seed` alone draws the order of the images and their augmentation. With `config.distillation` the `teacher`
     (same device and classes) sees the same images, in eval mode, where it stays. With `config.average` it is the
-    averaged weights that are validated and that end in `network`. With `checkpoint`, a file, every epoch is kept (of a
-    large network one in ten seconds), and a call with the same arguments goes on where the last one ended: on a CPU in
-    float32 with the same number of threads, bit for bit as if it had not been interrupted. It may also go on with
-    another learning rate, schedule or precision, which is logged. A broken checkpoint is logged and training starts
-    again. `on_batch` is called at most once a second. Messages call the configuration `section`.
+    averaged weights that are validated and that end in `network`. With `checkpoint`, a file or another store, every
+    epoch is kept (of a large network one in ten seconds), and a call with the same arguments goes on where the last one
+    ended: on a CPU in float32 with the same number of threads, bit for bit as if it had not been interrupted. It may
+    also go on with another learning rate, schedule or precision, which is logged. A broken checkpoint is logged and
+    training starts again. `on_batch` is called at most once a second. Messages call the configuration `section`.
 
     Raises:
         NonFiniteError: the loss or a weight is not finite; names epoch, learning rate and what to try. The last
@@ -118,9 +118,10 @@ def train(
     require_batch(dataset, config.batch_size)
     run = _Run(network, dataset, data_config, config, seed=seed, teacher=teacher, section=section)
     kept = None
-    if checkpoint is not None:
+    store = FileStore(checkpoint) if isinstance(checkpoint, Path) else checkpoint
+    if store is not None:
         kept = Checkpoint(
-            checkpoint, network, dataset, data_config, config, defaults=TrainConfig(), seed=seed, section=section
+            store, network, dataset, data_config, config, defaults=TrainConfig(), seed=seed, section=section
         )
         kept.restore(run)
         run.kept = run.epoch
@@ -136,7 +137,7 @@ def train(
     once = captured(partial(_update, run), network, *([] if run.teacher is None else [run.teacher]))
     validation: Metrics | None = None
     while run.epoch < config.epochs:
-        means = _epoch(run, once, reporter, checkpoint)
+        means = _epoch(run, once, reporter, store)
         validation = _judge(run)
         run.epoch += 1
         if kept is not None and (kept.is_due() or run.epoch == config.epochs):
@@ -216,8 +217,8 @@ def _judge(run: _Run) -> Metrics:
     return evaluate(network, dataset.validation, dataset.mean, dataset.std, precision=run.config.precision)
 
 
-def _epoch(run: _Run, once: Callable[[Tensor, Tensor], Tensor], reporter: Reporter, checkpoint: Path | None) -> Means:
-    """One pass over the training images; NonFiniteError says that `checkpoint` keeps the epoch before."""
+def _epoch(run: _Run, once: Callable[[Tensor, Tensor], Tensor], reporter: Reporter, store: Store | None) -> Means:
+    """One pass over the training images; NonFiniteError says that `store` keeps the epoch before."""
     config, dataset, count = run.config, run.dataset, run.minibatches
     device = dataset.train.images.device
     sums, means = torch.zeros(2, device=device), Means(0.0, 0.0, 0.0)
@@ -237,7 +238,7 @@ def _epoch(run: _Run, once: Callable[[Tensor, Tensor], Tensor], reporter: Report
                 loss, accuracy = (sums / index).tolist()
                 means = Means(loss, accuracy, rate)
                 if not math.isfinite(loss) or (last and not finite(run.network)):
-                    raise _not_finite(run, rate, checkpoint)
+                    raise _not_finite(run, rate, store)
             if due:
                 reporter.batch(index, means)
     return means
@@ -268,15 +269,15 @@ def _taught(run: _Run, images: Tensor) -> Tensor | None:
         return logits_of(run.teacher, images, precision=run.config.precision)
 
 
-def _not_finite(run: _Run, rate: float, checkpoint: Path | None) -> NonFiniteError:
+def _not_finite(run: _Run, rate: float, store: Store | None) -> NonFiniteError:
     """What happened, what to try, and what is kept."""
     name = run.section
     attempts = [f"a lower {name}.learning_rate", f"a longer {name}.warmup_share"]
     if run.config.precision != "float32":
         attempts.append(f"{name}.precision float32")
     kept = ""
-    if checkpoint and run.kept:
-        kept = f"; the state after epoch {run.kept} is kept in {checkpoint}, and training goes on from there"
+    if store is not None and run.kept:
+        kept = f"; the state after epoch {run.kept} is kept in {store}, and training goes on from there"
     return NonFiniteError(
         f"training: loss or weights are not finite in epoch {run.epoch + 1} at learning rate {rate:g}; "
         f"try {', '.join(attempts[:-1])} or {attempts[-1]}{kept}"

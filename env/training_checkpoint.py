@@ -1,4 +1,4 @@
-"""The checkpoint of a whole training: one file, replaced after an epoch, from which only the same training goes on.
+"""The checkpoint of a whole training: replaced after an epoch, and only the same training goes on from it.
 
 Its learning rate and the schedule of it, and the precision, may be changed on the way, for a training whose loss became
 NaN or infinite.
@@ -24,12 +24,12 @@ from env.data import DataConfig, Dataset
 from env.errors import UserError
 from env.files import replace_file
 
-__all__ = ["Checkpoint", "Resumable"]
+__all__ = ["Checkpoint", "FileStore", "Resumable", "Store"]
 
 _LOG = logging.getLogger(__name__)
 #: Settings that a training may go on with changed: what is tried after a loss that is not finite.
 _FREE = ("train.learning_rate", "train.warmup_share", "train.schedule", "train.precision")
-#: A file larger than this is not written more often: a GPU's epoch of a large network is soon over.
+#: A checkpoint larger than this is not written more often: a GPU's epoch of a large network is soon over.
 _LARGE_BYTES, _REST_S = 32 * 2**20, 10.0
 
 
@@ -43,12 +43,42 @@ class Resumable(Protocol):
         """Be as when `state` was taken."""
 
 
+class Store(Protocol):
+    """Where a checkpoint is kept; as a string, what people call it."""
+
+    def read(self) -> bytes | None:
+        """What was written last; None where nothing was."""
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Keep `data` in place of what was there; OSError when that cannot be, with nothing changed."""
+
+
+class FileStore:
+    """A file, in a folder that is made if need be."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __str__(self) -> str:
+        return str(self._path)
+
+    def read(self) -> bytes | None:
+        """See `Store`."""
+        return self._path.read_bytes() if self._path.exists() else None
+
+    def write(self, data: bytes | memoryview) -> None:
+        """See `Store`."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with replace_file(self._path) as temporary:
+            temporary.write_bytes(data)
+
+
 class Checkpoint:
-    """The file that keeps one training, told from others by all that its course depends on."""
+    """What is kept of one training, told from others by all that its course depends on."""
 
     def __init__(
         self,
-        path: Path,
+        store: Store,
         network: nn.Module,
         dataset: Dataset,
         data_config: DataConfig,
@@ -60,10 +90,10 @@ class Checkpoint:
     ) -> None:
         """Take what `env.training.train` was given; `config` is its TrainConfig, `section` the name in messages.
 
-        `defaults` is what fields stood at that are younger than the file.
+        `defaults` is what fields stood at that are younger than what is in `store`.
         """
         shapes = {name: list(value.shape) for name, value in network.state_dict().items()}
-        self._path, self._section = path, section
+        self._store, self._section = store, section
         self._bytes, self._saved_s = 0, 0.0
         self._defaults = _fields(defaults)
         self._identity = {
@@ -76,42 +106,41 @@ class Checkpoint:
         }
 
     def is_due(self) -> bool:
-        """Whether an epoch that has ended is worth a `save`: always, unless the file is large and new."""
+        """Whether an epoch that has ended is worth a `save`: always, unless what is kept is large and new."""
         return self._bytes <= _LARGE_BYTES or time.monotonic() - self._saved_s >= _REST_S
 
     def save(self, training: Resumable) -> None:
-        """Replace the file, making its folder if need be; UserError when the disk does not take it."""
+        """Replace what is kept; UserError when the disk does not take it."""
         buffer = io.BytesIO()  # torch's own writer says of a full disk only that an assertion failed
         torch.save({"identity": self._identity, **training.state_dict()}, buffer)
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with replace_file(self._path) as temporary:
-                temporary.write_bytes(buffer.getbuffer())
+            self._store.write(buffer.getbuffer())
             self._bytes, self._saved_s = buffer.tell(), time.monotonic()
         except OSError as error:
             raise UserError(
-                f"checkpoint {self._path}",
+                f"checkpoint {self._store}",
                 expected=f"{buffer.tell():,} bytes of disk that can be written",
                 got=error.strerror or repr(error),
                 remedy="make room there and resume; the epochs before it are kept",
             ) from error
 
     def restore(self, training: Resumable) -> None:
-        """Bring `training` to where it was saved, or leave it as it is where nothing was, or the file is broken.
+        """Bring `training` to where it was saved, or leave it as it is where nothing was, or that is broken.
 
-        A broken file is logged, and so is a setting that is changed; UserError when it is of another training.
+        What is broken is logged, and so is a setting that is changed; UserError when it is of another training.
         """
-        if not self._path.exists():
-            return
         before = copy.deepcopy(training.state_dict())
         try:
-            state = _read(self._path)
+            data = self._store.read()
+            if data is None:
+                return
+            state = _read(data)
             self._check(state["identity"])
             training.load_state_dict(state)
         except UserError:
             raise
         except Exception as error:  # foreign bytes make torch's unpickler raise nearly anything
-            _LOG.warning("checkpoint %s is broken (%s): training starts again", self._path, error)
+            _LOG.warning("checkpoint %s is broken (%s): training starts again", self._store, error)
             training.load_state_dict(before)
 
     def _check(self, stored: Mapping[str, str]) -> None:
@@ -123,13 +152,13 @@ class Checkpoint:
             shown = name.replace("train.", f"{self._section}.")
             if name not in _FREE:
                 raise UserError(
-                    f"checkpoint {self._path}",
+                    f"checkpoint {self._store}",
                     expected=f"this training, with {shown} {wanted}",
                     got=before,
                     remedy="remove that file to train anew, or set the former value again",
                 )
             _LOG.warning(
-                "checkpoint %s: training goes on with %s %s, before it was %s", self._path, shown, wanted, before
+                "checkpoint %s: training goes on with %s %s, before it was %s", self._store, shown, wanted, before
             )
 
 
@@ -137,12 +166,12 @@ def _fields(config: Any) -> dict[str, str]:
     return {f"train.{name}": json.dumps(value) for name, value in asdict(config).items()}
 
 
-def _read(path: Path) -> Mapping[str, Any]:
+def _read(data: bytes) -> Mapping[str, Any]:
     """The saved state on the CPU, or nearly any exception."""
-    with zipfile.ZipFile(path) as archive:  # torch.load does not check the sums that torch.save wrote
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch.load does not check the sums that torch.save wrote
         if (damaged := archive.testzip()) is not None:
             raise ValueError(f"checksum of {damaged} does not agree")
-    state: Mapping[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    state: Mapping[str, Any] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return state
 
 

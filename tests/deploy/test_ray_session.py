@@ -1,9 +1,9 @@
-"""What the driver's loop decides by itself; the loop is run in test_campaign.py and test_cluster.py."""
+"""What actors ask Ray for."""
 
 import pytest
 
 from deploy.config import parse
-from deploy.search import gpus_each
+from deploy.ray_session import gpus_each
 
 
 @pytest.mark.parametrize(
