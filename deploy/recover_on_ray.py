@@ -131,7 +131,7 @@ class _Fleet:
 
     def run(self, asked: Sequence[Retraining], room: int) -> Iterator[tuple[Retraining, nn.Module]]:
         """See `retrained_together`."""
-        waiting, done = deque(asked), 0
+        waiting, done, shown = deque(asked), 0, -1
         while waiting or self._running:
             while waiting and len(self._running) < room:
                 self._running.append(self._begin(waiting.popleft()))
@@ -144,8 +144,10 @@ class _Fleet:
                     done += 1
                     yield each.asked, network
             self._say_that_nobody_answers()
-            reached = done * self._config.recovery.epochs + sum(each.epochs for each in self._running)
-            self._progress.share("recover", round(reached), len(asked) * self._config.recovery.epochs)
+            reached = round(done * self._config.recovery.epochs + sum(each.epochs for each in self._running))
+            if reached != shown:
+                self._progress.share("recover", reached, len(asked) * self._config.recovery.epochs)
+                shown = reached
 
     def _say_that_nobody_answers(self) -> None:
         """Say it once where no actor has begun for long; there may be no room for them now."""
