@@ -23,7 +23,7 @@ _log = logging.getLogger(__name__)
 
 def candidate_path(folder: CampaignFolder, group: str, target: float) -> Path:
     """Where the best network of a group at a target is kept."""
-    return folder.path / "candidates" / f"{group}-{target}.safetensors"
+    return folder.candidates / f"{group}-{target}.safetensors"
 
 
 def keep_better(folder: CampaignFolder, candidates: Iterable[Candidate]) -> None:

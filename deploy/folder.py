@@ -249,6 +249,11 @@ class CampaignFolder:
         return self.path / "redis"
 
     @property
+    def candidates(self) -> Path:
+        """The folder of the best networks of the search and the peers, not yet recovered."""
+        return self.path / "candidates"
+
+    @property
     def recovered(self) -> Path:
         """The folder of the networks retrained after the search."""
         return self.path / "recovered"

@@ -33,7 +33,8 @@ def read_status(folder: CampaignFolder | Path | str, *, episodes_total: int | No
     name, else None), "seconds_since_episode" (None before the first), "actors" (name, episodes, steps, seconds,
     episodes_per_minute while playing, and what it does now or None), "learner" (updates, loss), "replay" (sequences)
     and "seconds_left" (each None where no search runs or none has run on Ray), "frontier" (best per target, without
-    masks) and "result" (result.json, or None).
+    masks), "to_recover" (networks that the search and the peers have left), "recovered" (of those that are: group,
+    policy, target, compression, val_accuracy) and "result" (result.json, or None).
     """
     campaign = CampaignFolder.open(folder.path if isinstance(folder, CampaignFolder) else folder)
     records = campaign.read_episodes()
@@ -54,6 +55,8 @@ def read_status(folder: CampaignFolder | Path | str, *, episodes_total: int | No
         "replay": live.get("replay_size"),
         "seconds_left": now.get("seconds_left"),
         "frontier": _best_points(records),
+        "to_recover": len(_written(campaign.candidates)),
+        "recovered": [_recovered(read_json(facts)) for facts in _written(campaign.recovered)],
         "result": result,
     }
 
@@ -104,10 +107,10 @@ def _looks(
 
 
 def _news(looks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Those that say something new of stage, episodes or whether it runs."""
+    """Those that say something new of stage, episodes, recovered networks or whether it runs."""
     before = None
     for status in looks:
-        shown = status["stage"], status["episodes"], status["running"]
+        shown = status["stage"], status["episodes"], len(status["recovered"]), status["running"]
         if shown != before:
             yield status
         before = shown
@@ -128,6 +131,16 @@ def _stage(campaign: CampaignFolder, episodes: int, total: int | None, result: o
 
 def _holds(folder: Path, pattern: str) -> bool:
     return any(not entry.name.startswith(".") for entry in folder.glob(pattern))
+
+
+def _written(folder: Path) -> list[Path]:
+    """What is known of each network in a folder, a .json beside it that comes last."""
+    return [facts for facts in sorted(folder.glob("*.json")) if facts.with_suffix(".safetensors").is_file()]
+
+
+def _recovered(facts: Mapping[str, Any]) -> dict[str, Any]:
+    known = {key: facts.get(key) for key in ("group", "policy", "target", "compression")}
+    return {**known, "val_accuracy": facts.get("validation", {}).get("accuracy")}
 
 
 def _recorded_total(campaign: CampaignFolder) -> int | None:
@@ -184,6 +197,8 @@ def _renderable(status: dict[str, Any]) -> RenderableType:
         parts += [Text(), _actor_table(status["actors"])]
     if status["frontier"]:
         parts += [Text(), _frontier_table(status["frontier"])]
+    if status["recovered"] and not status["result"]:
+        parts += [Text(), _recovered_table(status["recovered"])]
     if status["result"]:
         parts += [Text(), _result_table(status["result"])]
     return Group(*parts)
@@ -196,6 +211,8 @@ def _headline(status: dict[str, Any]) -> Text:
         here = stage == status["stage"]
         text.append(f"[{stage}]" if here else stage, style="bold cyan" if here else "dim").append("  ")
     text.append(f"\n{status['episodes']}{total} episodes")
+    if status["stage"] == "recover" and status["to_recover"]:
+        text.append(f", {len(status['recovered'])} of {status['to_recover']} networks recovered")
     if status["stage"] != "done" and status["seconds_since_episode"] is not None:
         text.append(f", the last {duration(status['seconds_since_episode'])} ago")
     if status["seconds_left"] is not None:
@@ -228,6 +245,14 @@ def _frontier_table(points: Sequence[dict[str, Any]]) -> Table:
             Text(f"{point['group']}: {point['policy']}"), _percent(point["compression"]),
             _percent(point["accuracy"]), _fixed(point["cross_entropy"]), str(point["episode"]),
         )  # fmt: skip
+    return table
+
+
+def _recovered_table(networks: Sequence[dict[str, Any]]) -> Table:
+    table = _table("recovered of", "removed", "validation")
+    for network in sorted(networks, key=lambda network: (network["target"], network["group"])):
+        who = Text(f"{network['group']}: {network['policy']}")
+        table.add_row(who, _percent(network["compression"]), _percent(network["val_accuracy"]))
     return table
 
 

@@ -126,6 +126,36 @@ def test_the_rendering_shows_stage_actors_frontier_and_result(campaign: Campaign
         assert words in text
 
 
+def test_the_networks_that_are_recovered_are_shown_while_the_others_are_not(campaign: CampaignFolder) -> None:
+    campaign.append_episode([record(0, "actor-0")])
+    for folder, names in (
+        (campaign.candidates, ("search-0.5", "search-0.9", "taylor-0.5", "taylor-0.9", "uniform-0.9")),
+        (campaign.recovered, ("search-0.9", "taylor-0.5", "search-0.5")),
+    ):
+        folder.mkdir()
+        for name in names:
+            group, target = name.split("-")
+            facts = {"group": group, "policy": f"[{group}]", "target": float(target), "compression": float(target)}
+            write_json(folder / f"{name}.json", facts | {"validation": {"accuracy": 0.77, "cross_entropy": 0.5}})
+            (folder / f"{name}.safetensors").touch()
+    (campaign.candidates / "uniform-0.9.safetensors").unlink()  # a peer that failed leaves its reason alone
+    (campaign.recovered / "search-0.5.json").unlink()  # written last, and not there yet
+    found = read_status(campaign, episodes_total=1)
+    assert (found["stage"], found["to_recover"]) == ("recover", 4)
+    assert found["recovered"] == [
+        {"group": "search", "policy": "[search]", "target": 0.9, "compression": 0.9, "val_accuracy": 0.77},
+        {"group": "taylor", "policy": "[taylor]", "target": 0.5, "compression": 0.5, "val_accuracy": 0.77},
+    ]
+    lines = rendered(found).splitlines()
+    assert "1 of 1 episodes, 2 of 4 networks recovered, the last " in lines[2]
+    table = [line.split() for line in lines[lines.index(next(line for line in lines if "recovered of" in line)) + 1 :]]
+    assert [cells[:1] + cells[-2:] for cells in table] == [
+        ["taylor:", "50.00%", "77.00%"], ["search:", "90.00%", "77.00%"],
+    ]  # fmt: skip
+    write_json(campaign.result_json, RESULT)
+    assert "recovered of" not in rendered(read_status(campaign))
+
+
 def test_a_network_after_replacement_stands_between_the_baseline_and_the_result(campaign: CampaignFolder) -> None:
     write_json(campaign.result_json, RESULT | {"replacement": {"how": "2", "val_accuracy": 0.7, "test_accuracy": 0.68}})
     lines = rendered(read_status(campaign)).splitlines()
