@@ -3,6 +3,7 @@
 import contextlib
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -14,13 +15,13 @@ from deploy.folder import CampaignFolder, versions, write_json
 from deploy.formats import FORMATS
 from deploy.limit import within_drop
 from deploy.peers import make_peers
-from deploy.prepare import default_device, preflight, prepare
+from deploy.prepare import default_device, is_prepared, preflight, prepare
 from deploy.progress import Progress
 from deploy.ray_address import check_ray_address
 from deploy.recover import Recovery
 from deploy.replace import replaced
 from deploy.report import write_report
-from deploy.search import search
+from deploy.search import is_finished, search
 from env.data import Dataset
 from learner.replay.connection import check_server, connect
 
@@ -48,7 +49,7 @@ def run_campaign(
             check_server(client, redis_url)
     check_ray_address(config.cluster.ray_address)
     progress.stage("prepare", "images")
-    dataset = preflight(config, on_images=partial(progress.share, "images"), warn=progress.note)
+    dataset = preflight(_still_needed(folder, config), on_images=partial(progress.share, "images"), warn=progress.note)
     folder = CampaignFolder.create(out, dump(config), resolved)
     with folder.held():
         result = _run(folder, config, dataset, redis_url=redis_url, refill_replay=refill_replay, progress=progress)
@@ -69,6 +70,16 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _still_needed(folder: CampaignFolder, config: CampaignConfig) -> CampaignConfig:
+    """The configuration less the files of which the folder has all that came of them: they may be gone by now."""
+    if is_prepared(folder) and not config.transfer.classes:
+        config = replace(config, network=replace(config.network, weights=""))
+    if is_finished(folder, config):
+        controller, search_config = replace(config.controller, weights=""), replace(config.search, like="")
+        config = replace(config, controller=controller, search=search_config)
+    return config
 
 
 def _run(

@@ -33,7 +33,7 @@ from env.seeds import derive_seed
 from env.skips import add_skip_convolutions
 from env.training import TrainConfig, train
 
-__all__ = ["Baseline", "default_device", "how_to_go_on", "preflight", "prepare", "train_shown"]
+__all__ = ["Baseline", "default_device", "how_to_go_on", "is_prepared", "preflight", "prepare", "train_shown"]
 
 _LOG = logging.getLogger(__name__)
 _MOSTLY = 0.5  # of all multiply-accumulates outside what is counted: a share of the rest would say little
@@ -157,9 +157,9 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, pr
     form = NetworkForm(
         network=config.network, channels=channels, classes=len(dataset.classes), image_size=height, image_width=width
     )
-    model, facts = folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
+    model, facts = _products(folder)
     given = _given(config, dataset)
-    if not (model.is_file() and facts.is_file()):
+    if not is_prepared(folder):
         folder.baseline.mkdir(exist_ok=True)
         _make(folder, config, form, dataset, given, model, facts, progress)
     validation = Metrics(**read_json(facts)["validation"])
@@ -171,6 +171,15 @@ def prepare(folder: CampaignFolder, config: CampaignConfig, dataset: Dataset, pr
         measure=Measure(config.episode.measure, given[config.episode.measure]),
         validation=validation,
     )
+
+
+def is_prepared(folder: CampaignFolder) -> bool:
+    """Whether the baseline is in the folder."""
+    return all(product.is_file() for product in _products(folder))
+
+
+def _products(folder: CampaignFolder) -> tuple[Path, Path]:
+    return folder.baseline / "model.safetensors", folder.baseline / "baseline.json"
 
 
 def _given(config: CampaignConfig, dataset: Dataset) -> dict[str, int]:

@@ -47,7 +47,7 @@ from learner.replay.shards import open_replay
 from learner.replay.weights import WeightStore
 from learner.sequence import starts
 
-__all__ = ["POLL_S", "Services", "Watch", "open_services", "open_telemetry", "search", "server_name"]
+__all__ = ["POLL_S", "Services", "Watch", "is_finished", "open_services", "open_telemetry", "search", "server_name"]
 
 _log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def search(
     progress: Progress,
 ) -> None:
     """Play all episodes that are not yet recorded in the folder; see `open_services` for `refill_replay`."""
-    if not _finished(folder, config):
+    if not is_finished(folder, config):
         if config.search.alone:
             play_alone(folder, config, dataset, baseline, progress)
         else:
@@ -157,7 +157,7 @@ def open_telemetry(folder: CampaignFolder, services: Services) -> Iterator[Telem
         yield Telemetry(metrics, events, lambda: memory_bytes(services.client))
 
 
-def _finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
+def is_finished(folder: CampaignFolder, config: CampaignConfig) -> bool:
     """Whether every episode is recorded and the networks of every group and target are kept."""
     return len(folder.read_episodes()) == config.search.total and not list(missing(folder, config))
 

@@ -101,6 +101,12 @@ def test_prune_ends_with_the_widths_of_the_file(
     assert widths_like(str(out / point["model"]), FORM.network, plan, network).tolist() == KEPT
     assert point["target"] == removed_in(file, "parameters")
     assert len(CampaignFolder.open(out).read_episodes()) == 1
+    Path(file).unlink()  # what it said is in the folder
+    assert zeroout("resume", out).code == 0
+    (out / "episodes.jsonl").unlink()
+    refused = zeroout("resume", out)
+    assert refused.code == 2
+    assert "compact.safetensors" in refused.error
 
 
 @pytest.mark.parametrize(

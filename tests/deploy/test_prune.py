@@ -141,6 +141,10 @@ def test_a_network_and_images_of_ones_own(zeroout: Zeroout, monkeypatch: pytest.
     resolved = load(tmp_path / "out" / "campaign.toml")
     assert (resolved.network.factory, resolved.network.weights) == ("zoo:factory", str(tmp_path / "weights.pt"))
     assert resolved.data.path == str(tmp_path / "images")
+    (tmp_path / "weights.pt").unlink()  # all that came of it is in the folder
+    (tmp_path / "out" / "result.json").unlink()
+    assert zeroout("resume", "out").code == 0
+    assert result_of(tmp_path / "out") == result
     description = json.loads((tmp_path / "out" / "export" / "0.5.json").read_text())
     assert "8" in json.dumps(description)
     assert "10" in json.dumps(description)
