@@ -9,6 +9,7 @@ from scipy.stats import ttest_rel
 
 __all__ = ["SURE", "Difference", "difference", "spread"]
 
+_LEAST_P = 0.001  # below it, its digits say nothing
 SURE = 0.05  # p of a paired t test, two-sided, below which a difference is said to be one
 
 
@@ -26,8 +27,15 @@ class Difference:
         """Whether it is one, at `SURE`."""
         return self.p < SURE
 
+    @property
+    def p_text(self) -> str:
+        """Its p, "< 0.001" where it is that small; "" where there is none."""
+        if math.isnan(self.p):
+            return ""
+        return f"{self.p:.3f}" if self.p >= _LEAST_P else f"< {_LEAST_P}"
+
     def __str__(self) -> str:
-        p = "" if math.isnan(self.p) else f", p {self.p:.3f}"
+        p = f", p {self.p_text}" if self.p_text else ""
         return f"{self.mean:+.2f} ({self.wins} of {self.n}{p})"
 
 

@@ -259,7 +259,7 @@ def _verdict(apart: Sequence[Difference | None]) -> str:
             said.append(f"from {start}, no difference is shown ({less.mean:+.2f}, p {less.p:.2f})")
         else:
             holds = "it holds" if less.mean > 0 else "it does not, the drop is larger"
-            said.append(f"from {start}, {holds} ({less.mean:+.2f}, p {less.p:.3f})")
+            said.append(f"from {start}, {holds} ({less.mean:+.2f}, p {less.p_text})")
     return "; ".join(said) + "."
 
 

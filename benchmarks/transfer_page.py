@@ -27,7 +27,7 @@ def verdict(rows: Sequence[Row]) -> str:
                     found.append((f"replacement {arm} at {images} images a class, {when}", apart))
     if not found:
         return "Whether replacement helps cannot be said yet: that needs two seeds of `none` and of a replacement."
-    sure = [(f"{name} ({apart.mean:+.2f}, p {apart.p:.3f})", apart.mean > 0) for name, apart in found if apart.sure]
+    sure = [(f"{name} ({apart.mean:+.2f}, p {apart.p_text})", apart.mean > 0) for name, apart in found if apart.sure]
     if not sure:
         return f"Replacement shows no difference from transfer alone in any of {len(found)} comparisons."
     helps, harms = ([name for name, better in sure if better is wanted] for wanted in (True, False))

@@ -30,6 +30,8 @@ def test_a_difference_is_paired_by_the_seeds_that_both_have() -> None:
     assert found.p == pytest.approx(0.0742, abs=1e-4)
     assert not found.sure
     assert str(found) == "+2.00 (3 of 3, p 0.074)"
+    # differences 2.00, 2.01, 2.02: standard error 0.01 / sqrt(3), t = 348
+    assert str(difference({0: 2.0, 1: 2.01, 2: 2.02}, dict.fromkeys(range(3), 0.0))) == "+2.01 (3 of 3, p < 0.001)"
 
 
 def test_what_cannot_be_tested_has_no_p() -> None:
@@ -59,9 +61,9 @@ def test_the_page_says_whether_the_claim_holds_by_either_drop() -> None:
     said = page([row("1", 0, 0.1), *rows], "command")  # the first is an older row of the same arm and seed
     assert "1,000 training images, 4 epochs of baseline, 2 after the replacement of 20% of each layer, 3 of" in said
     assert "| no replacement | 4 | 81.00 (0.00) | 70.15 (0.13) | 10.85 (0.13) | - | 9.85 (0.13) | - |" in said
-    assert "| replacement 1 | 4 | 78.00 (0.00) | 69.30 (0.26) | 8.70 (0.26) | +2.15 (4 of 4, p 0.000) | 10.70" in said
+    assert "| replacement 1 | 4 | 78.00 (0.00) | 69.30 (0.26) | 8.70 (0.26) | +2.15 (4 of 4, p < 0.001) | 10.70" in said
     assert (
-        "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p 0.000); from the baseline, it does not, "
+        "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p < 0.001); from the baseline, it does not, "
         "the drop is larger (-0.85, p 0.001)." in said
     )
     assert "- replacement 2 at 90%: from right before pruning, no difference is shown" in said
@@ -232,11 +234,11 @@ def test_the_page_of_transfer_says_where_replacement_helps_and_where_it_harms() 
     rows += [moved("2", seed, 0.60 + 0.01 * (-1) ** seed, 0.46 - 0.002 * seed) for seed in range(4)]
     said = transfer_page.page(rows, "command")
     assert (
-        "replacement helps in replacement 1 at 10 images a class, before compression (+2.30, p 0.000) and harms in "
-        "replacement 2 at 10 images a class, compressed (-4.30, p 0.000); of 4 comparisons, 0.2 would look so by chance"
+        "replacement helps in replacement 1 at 10 images a class, before compression (+2.30, p < 0.001) and harms in "
+        "replacement 2 at 10 images a class, compressed (-4.30, p < 0.001); of 4 comparisons, 0.2 would look so by chance"
     ) in said
     assert "| none | 4 | 1,000 | 60.00 (0.00) | - | 90.00% | 50.00 (0.00) | - |" in said
-    assert "| 1 | 4 | 1,000 | 62.30 (0.26) | +2.30 (4 of 4, p 0.000) | 90.00% | 50.00 (1.15) | " in said
+    assert "| 1 | 4 | 1,000 | 62.30 (0.26) | +2.30 (4 of 4, p < 0.001) | 90.00% | 50.00 (1.15) | " in said
     assert "recovery after compression: 300 and 150." in said
 
 

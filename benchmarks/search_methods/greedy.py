@@ -4,7 +4,6 @@
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ def _line(learned: int, mine: Mapping[int, float], macs: Mapping[int, float], fi
     gain = None if mine is first else difference(mine, first)
     said = "- | -"
     if gain is not None:
-        said = f"{gain.mean:+.3f} ({gain.wins} of {gain.n}) | {'-' if math.isnan(gain.p) else f'{gain.p:.3f}'}"
+        said = f"{gain.mean:+.3f} ({gain.wins} of {gain.n}) | {gain.p_text or '-'}"
     return f"| {learned} | {len(mine)} | {spread(mine, 3)} | {spread(macs)} | {said} |"
 
 

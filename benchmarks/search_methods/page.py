@@ -1,6 +1,5 @@
 """The page of benchmarks/search.py: the table, paired differences, and the curves."""
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +14,6 @@ __all__ = ["write_page"]
 Row = Mapping[str, Any]
 #: Whom the others are compared with: the first that is there.
 OURS = ("controller", "fresh")
-_LEAST_P = 0.001  # below it, its digits say nothing
 #: Okabe and Ito's colours, which colour-blind readers tell apart.
 COLOURS = {
     "controller": "#D55E00",
@@ -100,8 +98,7 @@ def _paired(ours: Mapping[int, float], theirs: Mapping[int, float], digits: int 
     apart = difference(ours, theirs)
     if apart is None:
         return "- | -"
-    p = "-" if math.isnan(apart.p) else f"{apart.p:.3f}" if apart.p >= _LEAST_P else f"< {_LEAST_P}"
-    return f"{apart.mean:+.{digits}f} ({apart.wins} of {apart.n} seeds) | {p}"
+    return f"{apart.mean:+.{digits}f} ({apart.wins} of {apart.n} seeds) | {apart.p_text or '-'}"
 
 
 def _later_returns(rows: Mapping[int, Row]) -> dict[int, float]:
