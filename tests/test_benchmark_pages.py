@@ -64,7 +64,7 @@ def test_the_page_says_whether_the_claim_holds_by_either_drop() -> None:
     assert "| replacement 1 | 4 | 78.00 (0.00) | 69.30 (0.26) | 8.70 (0.26) | +2.15 (4 of 4, p < 0.001) | 10.70" in said
     assert (
         "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p < 0.001); from the baseline, it does not, "
-        "the drop is larger (-0.85, p 0.001)." in said
+        "the drop is larger (-0.85, p < 0.001)." in said
     )
     assert "- replacement 2 at 90%: from right before pruning, no difference is shown" in said
     assert "- replacement 3 at 90%: from right before pruning, too few seeds to say" in said  # all pairs differ alike
