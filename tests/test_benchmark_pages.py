@@ -63,8 +63,8 @@ def test_the_page_says_whether_the_claim_holds_by_either_drop() -> None:
     assert "| no replacement | 4 | 81.00 (0.00) | 70.15 (0.13) | 10.85 (0.13) | - | 9.85 (0.13) | - |" in said
     assert "| replacement 1 | 4 | 78.00 (0.00) | 69.30 (0.26) | 8.70 (0.26) | +2.15 (4 of 4, p < 0.001) | 10.70" in said
     assert (
-        "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p < 0.001); from the baseline, it does not, "
-        "the drop is larger (-0.85, p < 0.001)." in said
+        "- replacement 1 at 90%: from right before pruning, it holds (+2.15, p < 0.001); from the baseline, it does "
+        "not, the drop is larger (-0.85, p < 0.001)." in said
     )
     assert "- replacement 2 at 90%: from right before pruning, no difference is shown" in said
     assert "- replacement 3 at 90%: from right before pruning, too few seeds to say" in said  # all pairs differ alike
@@ -235,7 +235,8 @@ def test_the_page_of_transfer_says_where_replacement_helps_and_where_it_harms() 
     said = transfer_page.page(rows, "command")
     assert (
         "replacement helps in replacement 1 at 10 images a class, before compression (+2.30, p < 0.001) and harms in "
-        "replacement 2 at 10 images a class, compressed (-4.30, p < 0.001); of 4 comparisons, 0.2 would look so by chance"
+        "replacement 2 at 10 images a class, compressed (-4.30, p < 0.001); of 4 comparisons, 0.2 would look so by "
+        "chance"
     ) in said
     assert "| none | 4 | 1,000 | 60.00 (0.00) | - | 90.00% | 50.00 (0.00) | - |" in said
     assert "| 1 | 4 | 1,000 | 62.30 (0.26) | +2.30 (4 of 4, p < 0.001) | 90.00% | 50.00 (1.15) | " in said
