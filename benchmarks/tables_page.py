@@ -118,7 +118,7 @@ def _of_target(table: Sequence[Row], arms: Mapping[str, str], target: float) -> 
     for arm, words in _marked(table, arms).items():
         mine = [row for row in table if (row["arm"], row["target"]) == (arm, target)]
         cells = _cells(mine, ours if arm != OURS else {}) if mine else [""] * 9
-        lines.append(f"| {words} | {' | '.join(cells)} |")
+        lines.append(f"| {words if mine else arms[arm]} | {' | '.join(cells)} |")
     others = [known for known in _published(table[0]["network"]) if abs(known.compression - target) <= 0.015]
     if others:
         lines += ["", "Published, at full width on the official CIFAR-10: " + "; ".join(map(_told, others)) + "."]
