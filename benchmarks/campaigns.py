@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -36,6 +37,7 @@ _INTERRUPTED = 130
 #: Defaults that have changed since there are rows: fingerprints go on with what they were.
 _FORMER = {"recovery.distillation": 0.0}
 _RUNNING: set[subprocess.Popen[bytes]] = set()  # to be ended with us
+_ENDING = threading.Event()  # nothing is begun any more
 _TO_SAVE_S = 60.0  # for a campaign that is told to end, before it is killed
 
 
@@ -81,6 +83,8 @@ def baseline(config: CampaignConfig, work: Path, deadline_s: float = math.inf) -
 
 def process(command: Sequence[str], out: Path, what: str, deadline_s: float = math.inf) -> None:
     """Run Python with one thread of torch, or $OMP_NUM_THREADS; what it prints stands beside its folder."""
+    if _ENDING.is_set():
+        return
     environment = {"OMP_NUM_THREADS": "1", **os.environ, "RAY_AUTH_MODE": "disabled"}
     since, before = time.perf_counter(), seconds_of(out)
     with beside(out, ".log").open("ab") as log:
@@ -129,10 +133,12 @@ def _gone(child: subprocess.Popen[bytes]) -> None:
 def ended_as_a_command() -> Iterator[None]:
     """What is raised becomes an exit code, and a line for a user's mistake; SIGTERM interrupts, as Ctrl+C does.
 
-    The processes that `process` has started are told to end before threads that wait for them are waited for.
+    The processes that `process` has started are told to end, and no others begun, before threads that wait for them are
+    waited for.
     """
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        _ENDING.set()
         for child in list(_RUNNING):
             child.terminate()
         raise KeyboardInterrupt
@@ -146,6 +152,7 @@ def ended_as_a_command() -> Iterator[None]:
         print(f"zeroout: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UserError) else 1)
     finally:
+        _ENDING.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 

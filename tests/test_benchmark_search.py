@@ -165,8 +165,16 @@ def test_a_controller_that_is_named_is_told_apart_from_none(tmp_path: Path) -> N
     assert search.begun_with(plain.cell.config(5, "fresh", None)) == ""
 
 
-@pytest.mark.parametrize("where", ["in the main thread", "in a pool"])
-def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, where: str) -> None:
+@pytest.mark.parametrize(
+    "work",
+    [
+        "[one(name) for name in ('first', 'second')]",
+        "with ThreadPoolExecutor(1) as pool: list(pool.map(one, ['first', 'second']))",
+        "with ThreadPoolExecutor(1) as pool: pool.submit(lambda: [one('first'), one('second')]).result()",
+    ],
+    ids=["in the main thread", "in a pool", "one after another in a thread"],
+)
+def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, work: str) -> None:
     program = (
         "from concurrent.futures import ThreadPoolExecutor\n"
         "from pathlib import Path\n"
@@ -175,12 +183,7 @@ def test_who_is_told_to_end_ends_the_campaigns_that_run_first(tmp_path: Path, wh
         "sleep = 'import os, pathlib, sys, time;'\n"
         "sleep += 'pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(600)'\n"
         "def one(name): process(['-c', sleep, str(folder / name)], folder / name, name)\n"
-        "with ended_as_a_command():\n"
-        + (
-            "    one('first')\n"
-            if where == "in the main thread"
-            else "    with ThreadPoolExecutor(1) as pool: list(pool.map(one, ['first', 'second']))\n"
-        )
+        f"with ended_as_a_command():\n    {work}\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     try:
