@@ -206,7 +206,11 @@ def test_what_fails_there_time_and_again_is_made_by_the_driver(
 def test_that_nobody_has_room_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recover_on_ray, "_NOBODY_S", 0.0)
     campaign = ready(tmp_path / "out")
-    campaign.progress.on_share = lambda _done: signal.raise_signal(signal.SIGINT)
+
+    def stop(_done: int) -> None:
+        raise KeyboardInterrupt
+
+    campaign.progress.on_share = stop
     with pytest.raises(KeyboardInterrupt):
         campaign.recovery().run()
     assert "no recovery has begun yet: each asks for 1 GPUs and 1 cores; ray status" in campaign.progress.text
