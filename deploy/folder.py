@@ -269,6 +269,10 @@ class CampaignFolder:
             write_atomic(self.path / "id", uuid.uuid4().hex[:16])
         return str(self.redis_prefix())
 
+    def shown_name(self) -> str:
+        """What people who watch several campaigns call this one: a folder may be named runs/demo more than once."""
+        return f"{self.path.resolve().name}-{self.make_redis_prefix()[-4:]}"
+
     def adopt_redis_prefix(self, prefix: str) -> None:
         """Go on with another campaign's keys in Redis: `prefix` is its `redis_prefix()`."""
         write_atomic(self.path / "id", prefix.removeprefix("zeroout:"))

@@ -74,8 +74,9 @@ def retrained_together(
 
     """
     with ray_session(config, progress):
-        gpus = max(1.0, gpus_each(config, _gpus_there()))
-        room = min(config.search.actors, int(_gpus_there() / gpus), len(asked))
+        there = float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
+        gpus = max(1.0, gpus_each(config, there))
+        room = min(config.search.actors, int(there / gpus), len(asked))
         if room < 2:
             return
         detail = f"{len(asked)} networks, {config.recovery.epochs} epochs each, up to {room} at a time"
@@ -85,10 +86,6 @@ def retrained_together(
             yield from fleet.run(asked, room)
         finally:
             fleet.end()
-
-
-def _gpus_there() -> float:
-    return float(ray.cluster_resources().get("GPU", 0.0))  # type: ignore[no-untyped-call]
 
 
 def _bytes(network: nn.Module | None, form: NetworkForm) -> bytes:
@@ -181,7 +178,7 @@ class _Fleet:
         handle = start_recovery(
             f"recovery of {asked.name} ({os.getpid()}-{self._begun})",  # a killed driver's may still be there
             order,
-            campaign=f"{self._folder.path.resolve().name}-{self._namespace[-4:]}",
+            campaign=self._folder.shown_name(),
             gpus=self._gpus,
             cpus=cluster.cpus_per_actor,
             threads=cluster.threads_per_actor,

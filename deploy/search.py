@@ -180,8 +180,7 @@ def _brief(
         replay=config.replay_in_search,
         schedule=config.schedule,
         seed=config.seed,
-        # a folder's name says more than the id, but two people may both have a runs/demo on one cluster
-        campaign=f"{folder.path.resolve().name}-{prefix[-4:]}",
+        campaign=folder.shown_name(),
         redis_url=redis_url,
         prefix=prefix,
         lease_s=config.cluster.lease_s,
