@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from deploy.folder import CampaignFolder
+from deploy.folder import CampaignFolder, copy_of
 from deploy.process_list import REDIS_VARIABLE, hide_password
 from env.errors import UserError, ZerooutError
 
@@ -31,6 +31,7 @@ app = typer.Typer(
 )
 _INTERRUPTED = 130  # as a shell says it: 128 + SIGINT
 _PLAIN_WIDTH = 120  # characters, where the output is not a terminal
+_LOOK_S, _URI_LOOK_S = 2.0, 10.0  # between two looks of `status --watch`: at a URI nothing changes more often
 _CAMPAIGNS = Path(__file__).parent / "campaigns"
 _DEFAULT_CONFIG, _IMAGES_CONFIG = _CAMPAIGNS / "digits.toml", _CAMPAIGNS / "images.toml"
 _FIRST_GUESSES = (0.5, 0.75, 0.9, 0.95)  # of `prune --max-drop`
@@ -437,13 +438,14 @@ def status(
 
     campaign = _opened(folder)
     total = load(campaign.campaign_toml).search.total
+    look, interval_s = partial(_opened, folder), _URI_LOOK_S if "://" in folder else _LOOK_S
     if as_json and watch:
-        for line in watch_json(campaign, episodes_total=total):
+        for line in watch_json(look, interval_s, episodes_total=total):
             typer.echo(line)
     elif as_json:
         typer.echo(json.dumps(read_status(campaign, episodes_total=total)))
     elif watch:
-        watch_status(campaign, Console(), episodes_total=total)
+        watch_status(look, Console(), interval_s, episodes_total=total)
     else:
         render_status(read_status(campaign, episodes_total=total), Console())
 
@@ -606,6 +608,7 @@ def doctor(
 
 def _opened(folder: str) -> CampaignFolder:
     """A campaign's folder, to look at; of one at a URI a copy."""
+    folder = copy_of(folder)
     if "://" not in folder:
         return CampaignFolder.open(folder)
     copy = CampaignFolder(_storage().fetched(folder))
@@ -631,7 +634,7 @@ def _campaign(out: str, config: Callable[[Path, Any], Any], redis_url: str, *, r
     from deploy.progress import make_progress
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    progress = make_progress(console)
+    progress, out = make_progress(console), copy_of(out)
     try:
         place = _storage().kept(out) if "://" in out else contextlib.nullcontext(Path(out))
         with interruptible(), place as path:

@@ -27,7 +27,9 @@ from typing import Any, Self
 from env.errors import UserError
 from env.files import replace_file, sync
 
-__all__ = ["CampaignFolder", "flat", "read_json", "versions", "write_atomic", "write_json"]
+__all__ = [
+    "URI_FILE", "CampaignFolder", "copy_of", "flat", "read_json", "versions", "write_atomic", "write_json",
+]  # fmt: skip
 
 # What the user can mend, in words; any other failure of the operating system is ours and passes through.
 _DISK_TROUBLE = {
@@ -42,6 +44,7 @@ _DISK_TROUBLE = {
 # between one try for the lock and the next
 _LOOKS_S = (0.0, 0.01, 0.05, 0.2)
 
+URI_FILE = ".zeroout-uri"  # beside a folder that is a copy; holds the URI of what it is a copy of
 # what a crash leaves of env.files.replace_file
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
 
@@ -76,6 +79,13 @@ def read_json(path: Path) -> Any:
             got=str(error),
             remedy="restore the file, or move it away and resume: the stage that makes it runs again",
         ) from error
+
+
+def copy_of(folder: str) -> str:
+    """The URI of which a folder is this machine's copy (deploy/storage.py), or the folder, or URI, itself."""
+    with contextlib.suppress(OSError):
+        return (Path(folder).resolve().parent / URI_FILE).read_text()
+    return folder
 
 
 def flat(table: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

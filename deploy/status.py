@@ -4,9 +4,10 @@ Called by `zeroout status` and the report. It asks neither Redis nor Ray, so it 
 know of a search, its driver keeps in the folder.
 """
 
+import contextlib
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from deploy.folder import CampaignFolder, read_json
 from deploy.frontier import frontier, targets_of
 from deploy.live_file import read_live
 from deploy.progress import duration, loss_text
+from deploy.storage_hold import HELD, parsed
 
 __all__ = ["STAGES", "read_status", "render_status", "watch", "watch_json"]
 
@@ -29,7 +31,8 @@ def read_status(folder: CampaignFolder | Path | str, *, episodes_total: int | No
     """Return the campaign's state, fit for JSON; UserError when `folder` is no campaign.
 
     Keys: "folder", "stage" (one of STAGES: the one in work, or "done"), "running" (whether a process of this machine,
-    or of one that shares its locks, runs it), "episodes", "episodes_total" (as given, else frontier.json's key of that
+    or of one that shares its locks, runs it, or did when the folder was fetched from a URI), "elsewhere" (which process
+    of another machine that is, or None), "episodes", "episodes_total" (as given, else frontier.json's key of that
     name, else None), "seconds_since_episode" (None before the first), "actors" (name, episodes, steps, seconds,
     episodes_per_minute while playing, and what it does now or None), "learner" (updates, loss), "replay" (sequences)
     and "seconds_left" (each None where no search runs or none has run on Ray), "frontier" (best per target, without
@@ -40,13 +43,15 @@ def read_status(folder: CampaignFolder | Path | str, *, episodes_total: int | No
     records = campaign.read_episodes()
     total = episodes_total if episodes_total is not None else _recorded_total(campaign)
     result = read_json(campaign.result_json) if campaign.result_json.is_file() else None
-    stage, running = _stage(campaign, len(records), total, result), campaign.is_held
+    elsewhere = _elsewhere(campaign)
+    stage, running = _stage(campaign, len(records), total, result), campaign.is_held or elsewhere is not None
     live = read_live(campaign.live_json) or {}
     now = live if running and stage == "search" else {}
     return {
         "folder": str(campaign.path),
         "stage": stage,
         "running": running,
+        "elsewhere": elsewhere,
         "episodes": len(records),
         "episodes_total": total,
         "seconds_since_episode": _age_s(campaign.episodes_jsonl),
@@ -67,17 +72,17 @@ def render_status(status: dict[str, Any], console: Console) -> None:
 
 
 def watch(
-    folder: CampaignFolder | Path | str,
+    look: Callable[[], CampaignFolder],
     console: Console,
-    interval_s: float = 2.0,
+    interval_s: float,
     *,
     episodes_total: int | None = None,
 ) -> None:
-    """Show the status again every `interval_s` seconds while the campaign runs.
+    """Show the status again every `interval_s` seconds while the campaign runs; each time `look` says where it lies.
 
     Redraws in place on a terminal, elsewhere prints when something changed. Ctrl-C passes to the caller.
     """
-    looks = _looks(folder, interval_s, episodes_total)
+    looks = _looks(look, interval_s, episodes_total)
     if not console.is_terminal:
         for status in _news(looks):
             render_status(status, console)
@@ -88,18 +93,18 @@ def watch(
 
 
 def watch_json(
-    folder: CampaignFolder | Path | str, interval_s: float = 2.0, *, episodes_total: int | None = None
+    look: Callable[[], CampaignFolder], interval_s: float, *, episodes_total: int | None = None
 ) -> Iterator[str]:
     """The same as lines of JSON, one whenever there is news."""
-    return map(json.dumps, _news(_looks(folder, interval_s, episodes_total)))
+    return map(json.dumps, _news(_looks(look, interval_s, episodes_total)))
 
 
 def _looks(
-    folder: CampaignFolder | Path | str, interval_s: float, episodes_total: int | None
+    look: Callable[[], CampaignFolder], interval_s: float, episodes_total: int | None
 ) -> Iterator[dict[str, Any]]:
     """The status now and every few seconds, the last when nobody runs the campaign any more."""
     while True:
-        status = read_status(folder, episodes_total=episodes_total)
+        status = read_status(look(), episodes_total=episodes_total)
         yield status
         if not status["running"]:
             return
@@ -114,6 +119,14 @@ def _news(looks: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if shown != before:
             yield status
         before = shown
+
+
+def _elsewhere(campaign: CampaignFolder) -> str | None:
+    """Who runs it on another machine, by what was fetched with it."""
+    with contextlib.suppress(FileNotFoundError):
+        holder = parsed((campaign.path / HELD).read_bytes())
+        return str(holder) if holder is not None and holder.is_fresh() else None
+    return None
 
 
 def _stage(campaign: CampaignFolder, episodes: int, total: int | None, result: object) -> str:
@@ -217,7 +230,9 @@ def _headline(status: dict[str, Any]) -> Text:
         text.append(f", the last {duration(status['seconds_since_episode'])} ago")
     if status["seconds_left"] is not None:
         text.append(f", {duration(status['seconds_left'])} left")
-    if status["stage"] != "done" and not status["running"]:
+    if status["elsewhere"]:
+        text.append(f"\nrun by {status['elsewhere']}")
+    elif status["stage"] != "done" and not status["running"]:
         text.append(f"\nnobody runs it here now; zeroout resume {status['folder']} goes on", style="yellow")
     return text
 

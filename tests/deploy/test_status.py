@@ -188,7 +188,7 @@ def test_watching_ends_when_nobody_runs_the_campaign_any_more(
     campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch, is_terminal: bool
 ) -> None:
     screen, acts = io.StringIO(), looked_at(campaign, monkeypatch)
-    watch(campaign, Console(file=screen, force_terminal=is_terminal, width=110), 0.01)
+    watch(lambda: campaign, Console(file=screen, force_terminal=is_terminal, width=110), 0.01)
     assert not acts
     assert "[done]" in screen.getvalue() or is_terminal
     assert "74.37%" in screen.getvalue()
@@ -200,7 +200,7 @@ def test_watching_as_json_is_a_line_whenever_there_is_news(
     campaign: CampaignFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked_at(campaign, monkeypatch)
-    found = [json.loads(line) for line in watch_json(campaign, 0.01)]
+    found = [json.loads(line) for line in watch_json(lambda: campaign, 0.01)]
     assert [(status["stage"], status["episodes"], status["running"]) for status in found] == [
         ("prepare", 0, True), ("search", 1, True), ("done", 1, True), ("done", 1, False),
     ]  # fmt: skip
@@ -210,7 +210,7 @@ def test_a_campaign_that_was_stopped_is_said_to_be_and_watching_it_ends(campaign
     with campaign.held():
         assert read_status(campaign)["running"]
     screen = io.StringIO()
-    watch(campaign, Console(file=screen, width=200))
+    watch(lambda: campaign, Console(file=screen, width=200), 0.01)
     assert f"nobody runs it here now; zeroout resume {campaign.path} goes on" in screen.getvalue()
 
 
@@ -265,4 +265,4 @@ def test_ctrl_c_reaches_the_caller(campaign: CampaignFolder, monkeypatch: pytest
     with campaign.held():
         monkeypatch.setattr(time, "sleep", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            watch(campaign, Console(file=io.StringIO()))
+            watch(lambda: campaign, Console(file=io.StringIO()), 0.01)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import platform
+import shutil
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +14,13 @@ import tiny_campaign
 from rich.console import Console
 from tiny_campaign import LIMIT_S, ROOT, command, tiny, wait_until
 
-from deploy import doctor, storage
-from deploy.folder import CampaignFolder
+from deploy import doctor, storage, storage_hold
+from deploy.campaign import interruptible
+from deploy.config import CampaignConfig, dump
+from deploy.folder import CampaignFolder, copy_of
+from deploy.status import read_status
 from deploy.storage import fetched, kept, probe
+from deploy.storage_hold import HELD, Holder
 from env.errors import UserError
 
 
@@ -29,8 +36,22 @@ def there(tmp_path: Path) -> Path:
     return tmp_path / "there" / "mine"
 
 
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are copied, and the hold of the URI is renewed, without much waiting."""
+    monkeypatch.setattr(storage, "PERIOD_S", 0.02)
+    monkeypatch.setattr(storage_hold, "PERIOD_S", 0.2)
+
+
+def holder(there: Path) -> Holder:
+    found = storage_hold.parsed((there / HELD).read_bytes())
+    assert found is not None
+    return found
+
+
 def names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """The files of a campaign; who has it is another matter."""
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != HELD)
 
 
 def write(folder: Path, texts: dict[str, str]) -> None:
@@ -94,11 +115,86 @@ def test_another_machine_goes_on_with_what_is_there(
 
 def test_a_machine_that_was_killed_before_its_last_copy_keeps_what_it_has(there: Path) -> None:
     with kept(there.as_uri()) as here:
-        write(here, WHOLE)
+        write(here, {**WHOLE, "checkpoints/update-0/state.pt": "old"})
     write(here, {"episodes.jsonl": '{"id": 0}\n{"id": 1}\n'})
+    (here / "checkpoints/update-0/state.pt").unlink()
+    assert fetched(there.as_uri()) == here  # a look changes nothing there either
     with kept(there.as_uri()) as again:
         assert (again / "episodes.jsonl").read_text().count("\n") == 2
+        assert names(again) == sorted(WHOLE)
     assert (there / "episodes.jsonl").read_text().count("\n") == 2
+    assert names(there) == sorted(WHOLE)
+
+
+def test_what_another_machine_has_gone_on_with_takes_the_place_of_what_is_here(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, {**WHOLE, "frontier.json": "older"})
+    write(here, {"episodes.jsonl": '{"id": 0}\n{"id": 1}\n{"id": 2}\n', "candidates/a.json": "{}"})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    with kept(there.as_uri()) as other:
+        write(other, {"frontier.json": "newer", "checkpoints/update-2/manifest.json": "{}"})
+        (other / "checkpoints/update-1/manifest.json").unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "here"))
+    with kept(there.as_uri()) as again:
+        assert again == here
+        assert names(here) == ["campaign.toml", "checkpoints/update-2/manifest.json", "episodes.jsonl", "frontier.json"]
+        assert (here / "episodes.jsonl").read_text() == WHOLE["episodes.jsonl"]
+        assert (here / "frontier.json").read_text() == "newer"
+
+
+def test_a_fetch_that_was_cut_off_is_made_whole_by_the_next(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, WHOLE)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+    read = storage._Copy.read
+
+    def cut_off(copy: storage._Copy, name: str) -> bytes:
+        if name == "episodes.jsonl":
+            raise OSError("connection reset")
+        return read(copy, name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(storage._Copy, "read", cut_off)
+        with pytest.raises(UserError, match="connection reset"), kept(there.as_uri()):
+            pytest.fail("begun")
+    with kept(there.as_uri()) as other:
+        assert names(other) == sorted(WHOLE)
+
+
+def test_nobody_else_runs_a_campaign_that_runs(there: Path, quick: None) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, WHOLE)
+        with (
+            pytest.raises(UserError, match=rf"nobody else runs it, got process {os.getpid()} on"),
+            kept(there.as_uri()),
+        ):
+            pytest.fail("two")
+        assert names(here) == sorted(WHOLE)
+    with kept(there.as_uri()):
+        pass
+
+
+def test_who_has_lost_the_uri_is_ended_and_writes_nothing_more_there(there: Path, quick: None) -> None:
+    def lost() -> None:
+        with interruptible(), kept(there.as_uri()) as here:
+            write(here, WHOLE)
+            wait_until(lambda: there.is_dir() and names(there) == sorted(WHOLE), "all is there", 20)
+            (there / HELD).write_bytes(took(holder(there)))
+            write(here, {"frontier.json": "of one who does not know"})
+            # again and again, as the renewal that is under way may come after the first
+            wait_until(lambda: (there / HELD).write_bytes(took(holder(there))) == 0, "it is interrupted", 20)
+
+    def took(from_whom: Holder) -> bytes:
+        return replace(from_whom, run="another", process=7, host="elsewhere").as_bytes()
+
+    with pytest.raises(UserError, match="got process 7 on elsewhere"):
+        lost()
+    assert names(there) == sorted(WHOLE)
+    assert holder(there).run == "another"
 
 
 def test_a_look_changes_nothing_where_the_campaign_runs(there: Path) -> None:
@@ -113,12 +209,41 @@ def test_a_look_changes_nothing_where_the_campaign_runs(there: Path) -> None:
         assert {name: (here / name).read_text() for name in names(here)} == before
 
 
+def test_a_look_from_elsewhere_fetches_what_has_changed_and_says_who_runs_it(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
+) -> None:
+    texts = {"campaign.toml": dump(CampaignConfig()), "frontier.json": "{}", "checkpoints/update-1/state.pt": "s"}
+    read, fetches = storage._Copy.read, list[str]()
+    monkeypatch.setattr(storage._Copy, "read", lambda copy, name: (fetches.append(name), read(copy, name))[1])
+    with kept(there.as_uri()) as here:
+        write(here, texts)
+        wait_until(lambda: there.is_dir() and names(there) == sorted(texts), "all is there", 20)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "elsewhere"))
+        other = fetched(there.as_uri())
+        assert names(other) == ["campaign.toml", "frontier.json"]  # not what only the learner reads
+        assert copy_of(str(other)) == there.as_uri()
+        assert read_status(other)["elsewhere"] == f"process {os.getpid()} on {platform.node()}"
+        assert read_status(other)["running"]
+        write(here, {"frontier.json": '{"episodes_total": 3}'})
+        wait_until(lambda: "3" in (there / "frontier.json").read_text(), "the news is there", 20)
+        fetches.clear()
+        fetched(there.as_uri())
+        assert set(fetches) == {HELD, "frontier.json"}
+        assert read_status(other)["episodes_total"] == 3
+        # people are told how long ago it was
+        assert (other / "frontier.json").stat().st_mtime == (there / "frontier.json").stat().st_mtime
+    fetched(there.as_uri())
+    assert read_status(other)["elsewhere"] is None
+    assert not read_status(other)["running"]
+
+
 def test_a_storage_that_is_away_for_a_while_is_told_of_once_and_tried_again(
     there: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     copy = storage._Copy(there.as_uri())
     write(copy.folder, WHOLE)
     over, calls, push = threading.Event(), [], copy._push
+    hold = storage.Hold(copy, storage._TROUBLE)
 
     def flaky() -> None:
         calls.append(1)
@@ -129,18 +254,31 @@ def test_a_storage_that_is_away_for_a_while_is_told_of_once_and_tried_again(
 
     monkeypatch.setattr(storage, "PERIOD_S", 0.01)
     monkeypatch.setattr(copy, "_push", flaky)
-    copy.keep(over)
+    copy.keep(hold, over)
     assert caplog.text.count("no route to host") == 1
     assert names(there) == sorted(WHOLE)
 
 
-def test_a_storage_that_cannot_be_written_at_the_end_says_where_the_campaign_is(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    uri = (tmp_path / "file" / "mine").as_uri()
-    with pytest.raises(UserError, match="nothing is lost, it lies in") as caught, kept(uri) as here:
-        write(here, WHOLE)
-    assert str(here) in str(caught.value)
+def test_a_storage_that_cannot_be_written_at_the_end_says_where_the_campaign_is(there: Path) -> None:
+    def broken_at_the_end() -> None:
+        with kept(there.as_uri()) as here:
+            write(here, WHOLE)
+            shutil.rmtree(there.parent)
+            there.parent.write_text("")
+
+    with pytest.raises(UserError, match="nothing is lost, it lies in") as caught:
+        broken_at_the_end()
+    here = Path(str(caught.value).split("it lies in ")[1].split(";")[0])
     assert names(here) == sorted(WHOLE)
+
+
+def test_a_storage_that_cannot_be_written_is_told_of_before_anything_is_begun(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match="expected a storage URI that can be read and written"),
+        kept((tmp_path / "file" / "mine").as_uri()),
+    ):
+        pytest.fail("begun")
 
 
 def test_the_doctor_tries_a_uri_and_leaves_nothing_there(there: Path, tmp_path: Path) -> None:

@@ -1,0 +1,194 @@
+"""Who has a campaign's URI: a file there that its driver renews, as a lock of one machine means nothing on another.
+
+Called by deploy/storage.py. A driver whose file has not changed for a while is taken for dead, whatever the clocks of
+the two machines say. One that finds another's file there was taken for dead, and ends: whoever took it last has it.
+"""
+
+import _thread
+import contextlib
+import json
+import logging
+import os
+import platform
+import signal
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from env.errors import UserError
+
+__all__ = ["HELD", "Hold", "Holder", "Place", "holder_at", "parsed"]
+
+_log = logging.getLogger("zeroout")
+
+HELD = "held.json"  # the file
+PERIOD_S = 10.0  # between two renewals
+_LOOK_S = 1.0
+_BOOT_ID, _PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+
+
+class Place(Protocol):
+    """Where the file lies: what is needed of a storage. OSError and the like where it cannot be reached."""
+
+    uri: str
+
+    def read(self, name: str) -> bytes:
+        """What a file holds; FileNotFoundError where there is none."""
+
+    def write(self, name: str, content: bytes) -> None:
+        """Replace a file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """What the file says: a driver, and when it was last known to live."""
+
+    run: str  # random
+    host: str  # its name, for people
+    machine: str  # what tells where `process` is the number of a process; "" where that is not known
+    process: int
+    renewals: int
+    time: float  # of the last of them, Unix, in seconds, by its own clock
+    over: bool  # it has ended, and all that it had is there
+
+    def is_fresh(self) -> bool:
+        """Whether it seems to live, as far as this machine's clock can be compared with its own."""
+        return not self.over and time.time() - self.time < 3 * PERIOD_S
+
+    def as_bytes(self) -> bytes:
+        """The file's content."""
+        return json.dumps(asdict(self)).encode()
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
+
+
+def parsed(content: bytes) -> Holder | None:
+    """The holder of a file's content; None where it is none."""
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def holder_at(place: Place) -> Holder | None:
+    """Who had `place` last; None where nobody is known to."""
+    try:
+        return parsed(place.read(HELD))
+    except FileNotFoundError:
+        return None
+
+
+class Hold:
+    """One driver's hold of a campaign's URI."""
+
+    def __init__(self, place: Place, trouble: tuple[type[Exception], ...]) -> None:
+        """Take nothing yet; `trouble` is what `place` may raise."""
+        self._place, self._trouble = place, trouble
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="hold", daemon=True)
+        self._mine = Holder(
+            run=uuid.uuid4().hex,
+            host=platform.node(),
+            machine=_machine(),
+            process=os.getpid(),
+            renewals=0,
+            time=0.0,
+            over=False,
+        )
+        self._lost_to: Holder | None = None
+
+    @property
+    def run(self) -> str:
+        """What tells this hold from all others."""
+        return self._mine.run
+
+    def await_silence(self) -> Holder | None:
+        """Who had the URI last, once that is known to be over; UserError where somebody runs the campaign now."""
+        before = holder_at(self._place)
+        if before is None or before.over or _is_gone(before):
+            return before
+        _log.warning(
+            "%s: %s had it last and has not ended; %g s for a sign of it", self._place.uri, before, 3 * PERIOD_S
+        )
+        until_s = time.monotonic() + 3 * PERIOD_S
+        while time.monotonic() < until_s:
+            time.sleep(min(_LOOK_S, PERIOD_S))
+            now = holder_at(self._place)
+            if now is None or now.over:
+                return now
+            if now != before:
+                raise self._is_held(now)
+        return before
+
+    def take(self, before: Holder | None) -> None:
+        """Take the URI after `before`, and keep it; UserError where another has been quicker."""
+        now = holder_at(self._place)
+        if now is not None and now != before:
+            raise self._is_held(now)
+        self._write()
+        self._thread.start()
+
+    def check(self) -> None:
+        """UserError where another has taken the URI: it is the other's to write there from then on."""
+        now = holder_at(self._place)
+        if now is not None and now.run != self.run:
+            self._lost_to = now
+        if self._lost_to is not None:
+            raise self._is_held(self._lost_to)
+
+    def end(self, *, whole: bool) -> None:
+        """Let go; where all that there is has been written (`whole`), whoever comes next need not wait."""
+        self._over.set()
+        self._thread.join()
+        if whole:
+            self._mine = replace(self._mine, over=True)
+            with contextlib.suppress(*self._trouble):
+                self._write()
+
+    def _renew(self) -> None:
+        while not self._over.wait(PERIOD_S):
+            try:
+                self.check()
+                self._write()
+            except UserError:
+                _thread.interrupt_main(signal.SIGTERM)  # what is played from here on would be kept nowhere
+                return
+            except self._trouble as error:
+                _log.debug("%s: %s", self._place.uri, error)  # who copies the files there says so
+
+    def _write(self) -> None:
+        self._mine = replace(self._mine, renewals=self._mine.renewals + 1, time=time.time())
+        self._place.write(HELD, self._mine.as_bytes())
+
+    def _is_held(self, by: Holder) -> UserError:
+        return UserError(
+            f"campaign {self._place.uri}",
+            expected="that nobody else runs it",
+            got=str(by),
+            remedy=f"wait for it or end it; zeroout status {self._place.uri} shows how far it is",
+        )
+
+
+def _is_gone(holder: Holder) -> bool:
+    """Whether it was a process of this machine that is no more."""
+    if not holder.machine or holder.machine != _machine():
+        return False
+    try:
+        os.kill(holder.process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
+
+
+def _machine() -> str:
+    """This machine since it was started, and the container in it that numbers its processes anew."""
+    try:
+        return f"{_BOOT_ID.read_text().strip()} {_PROCESS_NUMBERS.readlink()}"
+    except OSError:  # no Linux
+        return ""
