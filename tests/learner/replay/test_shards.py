@@ -1,8 +1,8 @@
 """Several races as one replay: the same statistics, and one shard's trouble is not the others'."""
 
 import logging
-import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -218,26 +218,17 @@ def test_a_server_that_is_gone_is_a_clear_error_and_no_hang(tmp_path: Path, clie
 
 
 def test_many_threads_may_insert_sample_and_update_at_once(redis_url: str, prefix: str) -> None:
-    failures: list[Exception] = []
-
     def work(number: int) -> None:
-        try:
-            with connect(redis_url) as client:
-                replay = open_replay([client], prefix, _config(capacity_sequences=60), np.random.default_rng(number))
-                for step in range(25):
-                    replay.insert([Item(f"{number}-{step}-{i}", encode({}), 1.0 + i) for i in range(6)])
-                    sample = replay.sample(4)
-                    assert sample is not None
-                    replay.update(sample.keys, np.arange(4.0))
-        except Exception as error:
-            failures.append(error)
+        with connect(redis_url) as client:
+            replay = open_replay([client], prefix, _config(capacity_sequences=60), np.random.default_rng(number))
+            for step in range(25):
+                replay.insert([Item(f"{number}-{step}-{i}", encode({}), 1.0 + i) for i in range(6)])
+                sample = replay.sample(4)
+                assert sample is not None
+                replay.update(sample.keys, np.arange(4.0))
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert failures == []
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, range(3)))  # raises what one of them has raised
     with connect(redis_url) as client:
         stats = open_replay([client], prefix, _config(), np.random.default_rng(0)).stats()
     assert (stats.size, stats.inserted, stats.sampled, stats.evicted) == (60, 450, 300, 390)
