@@ -167,6 +167,22 @@ def test_what_began_from_another_machines_network_is_marked_and_paired_by_its_ch
     assert "| Taylor repeated | 2 | 91.00 (0.00) | -2.00 (0.00) | +1.50 (2 of 2, p 0.205) |" in said
 
 
+def test_the_source_s_agent_on_a_network_with_skips_begins_from_one_of_its_own() -> None:
+    arms = {name: arm.about for name, arm in tables.ARMS.items()}
+    rows = [cell("controller", 0, 0.92, 0.92, network="resnet18")]
+    rows += [cell("hrank", 0, 0.92, 0.91, network="resnet18", baseline_test=0.95, device="another")]
+    own = cell("source", 0, 0.92, 0.90, network="resnet18", baseline_test=0.91)
+    said = tables_page.page([*rows, own], arms, "command")
+    assert "Before pruning 93.00 on test, n 1." in said
+    assert "not alike to the bit (95.00 before pruning):\n" in said
+    assert "(91.00 before pruning): its change is from there." in said
+    assert "| the source's agent | 1 | 90.00 | -1.00 | +0.00 (0 of 1) |" in said
+    elsewhere = tables_page.page([*rows, {**own, "device": "another"}], arms, "command")
+    assert "| the source's agent * | 1 | 90.00 | -1.00 |" in elsewhere
+    assert "not alike to the bit (95.00 before pruning):\n" in elsewhere
+    assert "Before pruning 91.00 on test, n 1." in tables_page.page([own], arms, "command")
+
+
 def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
     def bench(network: str, data: str = "images") -> tables.Bench:
         return tables.Bench(
