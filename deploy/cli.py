@@ -401,7 +401,7 @@ def resume(
     def resumed(path: Path, _progress: Any) -> Any:
         return load(CampaignFolder.open(path).campaign_toml)
 
-    _campaign(folder, resumed, redis, refill_replay=refill_replay)
+    _campaign(folder, resumed, redis, existing=True, refill_replay=refill_replay)
 
 
 @app.command()
@@ -608,18 +608,8 @@ def doctor(
 
 def _opened(folder: str) -> CampaignFolder:
     """A campaign's folder, to look at; of one at a URI a copy."""
-    folder = copy_of(folder)
-    if "://" not in folder:
-        return CampaignFolder.open(folder)
-    copy = CampaignFolder(_storage().fetched(folder))
-    if not copy.campaign_toml.is_file():
-        raise UserError(
-            folder,
-            expected="a campaign (it holds a campaign.toml)",
-            got="none",
-            remedy="give the URI of `zeroout run --out URI`",
-        )
-    return copy
+    uri = copy_of(folder)
+    return CampaignFolder(_storage().fetched(uri)) if "://" in uri else CampaignFolder.open(folder)
 
 
 def _storage() -> Any:
@@ -628,15 +618,17 @@ def _storage() -> Any:
     return storage
 
 
-def _campaign(out: str, config: Callable[[Path, Any], Any], redis_url: str, *, refill_replay: bool = False) -> None:
-    """Run or resume the campaign of --out; `config` is asked for it when its folder is there."""
+def _campaign(
+    out: str, config: Callable[[Path, Any], Any], redis_url: str, *, existing: bool = False, refill_replay: bool = False
+) -> None:
+    """Run or resume (`existing`) the campaign of --out; `config` is asked for it when its folder is there."""
     from deploy.campaign import interruptible, run_campaign
     from deploy.progress import make_progress
 
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
     progress, out = make_progress(console), copy_of(out)
     try:
-        place = _storage().kept(out) if "://" in out else contextlib.nullcontext(Path(out))
+        place = _storage().kept(out, existing=existing) if "://" in out else contextlib.nullcontext(Path(out))
         with interruptible(), place as path:
             result = run_campaign(
                 path, config(path, progress), redis_url=redis_url, progress=progress, refill_replay=refill_replay

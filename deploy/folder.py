@@ -28,7 +28,8 @@ from env.errors import UserError
 from env.files import replace_file, sync
 
 __all__ = [
-    "URI_FILE", "CampaignFolder", "copy_of", "flat", "read_json", "versions", "write_atomic", "write_json",
+    "CampaignFolder", "copy_of", "disk_trouble_named", "flat", "hold_lock", "is_locked", "read_json", "uri_file",
+    "versions", "write_atomic", "write_json",
 ]  # fmt: skip
 
 # What the user can mend, in words; any other failure of the operating system is ours and passes through.
@@ -39,12 +40,13 @@ _DISK_TROUBLE = {
     errno.EACCES: "no permission to write",
     errno.EPERM: "no permission to write",
     errno.ENOENT: "no folder, and none that can be made",
+    errno.ENOTDIR: "a file where a folder is to be",
+    errno.EEXIST: "a file where a folder is to be",
 }
 
 # between one try for the lock and the next
 _LOOKS_S = (0.0, 0.01, 0.05, 0.2)
 
-URI_FILE = ".zeroout-uri"  # beside a folder that is a copy; holds the URI of what it is a copy of
 # what a crash leaves of env.files.replace_file
 _TEMPORARY = re.compile(r"\..*\.[0-9a-f]{32}\.tmp")
 
@@ -55,7 +57,7 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises UserError when the disk is full or not writable; the old file is then untouched.
     """
     payload = data.encode() if isinstance(data, str) else data
-    with _disk_trouble_named(path), replace_file(path) as temporary, temporary.open("wb", buffering=0) as file:
+    with disk_trouble_named(path), replace_file(path) as temporary, temporary.open("wb", buffering=0) as file:
         _write_durably(file, payload)
 
 
@@ -81,10 +83,41 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+@contextlib.contextmanager
+def hold_lock(lock: Path, campaign: str) -> Iterator[None]:
+    """Hold a file's lock; UserError where another process does. Let go by the kernel at a kill."""
+    with lock.open("a") as file:
+        if not _locked(file):
+            raise UserError(
+                f"campaign {campaign}",
+                expected="that nobody runs it",
+                got="another process that does",
+                remedy=f"wait for it or end it; zeroout status {campaign} shows how far it is",
+            )
+        yield
+
+
+def is_locked(lock: Path) -> bool:
+    """Whether a process of this machine, or of one that shares its locks, holds that file's lock."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # there is none, or it is another user's
+        return False
+    return False
+
+
+def uri_file(folder: Path) -> Path:
+    """What lies beside a folder that is a copy: a file with the URI of what it is a copy of."""
+    return folder.with_name(f".{folder.name}.uri")
+
+
 def copy_of(folder: str) -> str:
     """The URI of which a folder is this machine's copy (deploy/storage.py), or the folder, or URI, itself."""
-    with contextlib.suppress(OSError):
-        return (Path(folder).resolve().parent / URI_FILE).read_text()
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return uri_file(Path(folder).resolve()).read_text()
     return folder
 
 
@@ -155,7 +188,7 @@ class CampaignFolder:
         folder = cls.check(path, campaign_toml, resolve)
         if folder.campaign_toml.is_file():
             return folder
-        with _disk_trouble_named(folder.path):
+        with disk_trouble_named(folder.path):
             folder.path.mkdir(parents=True, exist_ok=True)
         write_atomic(folder.campaign_toml, campaign_toml)
         return folder
@@ -166,27 +199,13 @@ class CampaignFolder:
 
         Looking (status, report, export) needs no hold.
         """
-        with (self.path / "lock").open("a") as lock:
-            if not _locked(lock):
-                raise UserError(
-                    f"campaign {self.path}",
-                    expected="that nobody runs it",
-                    got="another process that does",
-                    remedy=f"wait for it or end it; zeroout status {self.path} shows how far it is",
-                )
+        with hold_lock(self.path / "lock", str(self.path)):
             yield
 
     @property
     def is_held(self) -> bool:
         """Whether a process runs this campaign, as far as this machine's locks tell."""
-        try:
-            with (self.path / "lock").open("rb") as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # there is none, or it is another user's
-            return False
-        return False
+        return is_locked(self.path / "lock")
 
     @property
     def campaign_toml(self) -> Path:
@@ -295,7 +314,7 @@ class CampaignFolder:
         lines = "".join(_line(record) for record in records).encode()
         if not lines:
             return
-        with _disk_trouble_named(self.episodes_jsonl):
+        with disk_trouble_named(self.episodes_jsonl):
             is_new = not self.episodes_jsonl.exists()
             with self.episodes_jsonl.open("ab+", buffering=0) as file:
                 end = _committed_end(file)
@@ -384,7 +403,8 @@ def _locked(lock: io.IOBase) -> bool:
 
 
 @contextlib.contextmanager
-def _disk_trouble_named(path: Path) -> Iterator[None]:
+def disk_trouble_named(path: Path) -> Iterator[None]:
+    """UserError for what the user can mend of writing `path`; any other failure passes."""
     try:
         yield
     except OSError as error:

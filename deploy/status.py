@@ -125,7 +125,7 @@ def _elsewhere(campaign: CampaignFolder) -> str | None:
     """Who runs it on another machine, by what was fetched with it."""
     with contextlib.suppress(FileNotFoundError):
         holder = parsed((campaign.path / HELD).read_bytes())
-        return str(holder) if holder is not None and holder.is_fresh() else None
+        return str(holder) if holder.is_fresh() else None
     return None
 
 

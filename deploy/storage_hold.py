@@ -4,7 +4,6 @@ Called by deploy/storage.py. A driver whose file has not changed for a while is 
 the two machines say. One that finds another's file there was taken for dead, and ends: whoever took it last has it.
 """
 
-import _thread
 import contextlib
 import json
 import logging
@@ -14,7 +13,7 @@ import signal
 import threading
 import time
 import uuid
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +25,7 @@ _log = logging.getLogger("zeroout")
 
 HELD = "held.json"  # the file
 PERIOD_S = 10.0  # between two renewals
-_LOOK_S = 1.0
+_FRESH_S = 120.0  # two machines' clocks may differ by as much
 _BOOT_ID, _PROCESS_NUMBERS = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
 
 
@@ -46,32 +45,43 @@ class Place(Protocol):
 class Holder:
     """What the file says: a driver, and when it was last known to live."""
 
-    run: str  # random
+    run: str  # random; of a file that cannot be read, what it holds
     host: str  # its name, for people
     machine: str  # what tells where `process` is the number of a process; "" where that is not known
-    process: int
+    process: int  # 0: not known
     renewals: int
     time: float  # of the last of them, Unix, in seconds, by its own clock
     over: bool  # it has ended, and all that it had is there
 
+    @property
+    def is_known(self) -> bool:
+        """Whether the file could be read."""
+        return self.process > 0
+
     def is_fresh(self) -> bool:
         """Whether it seems to live, as far as this machine's clock can be compared with its own."""
-        return not self.over and time.time() - self.time < 3 * PERIOD_S
+        return not self.over and abs(time.time() - self.time) < _FRESH_S
 
     def as_bytes(self) -> bytes:
         """The file's content."""
         return json.dumps(asdict(self)).encode()
 
     def __str__(self) -> str:
-        return f"process {self.process} on {self.host}"
+        return f"process {self.process} on {self.host}" if self.is_known else f"somebody who cannot be read in {HELD}"
 
 
-def parsed(content: bytes) -> Holder | None:
-    """The holder of a file's content; None where it is none."""
-    try:
-        return Holder(**json.loads(content))
-    except (ValueError, TypeError):
-        return None
+def parsed(content: bytes) -> Holder:
+    """The holder of a file's content; keys of other versions are passed over."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        told = json.loads(content)
+        found = Holder(**{field.name: told[field.name] for field in fields(Holder)})
+        if all(_is(field.type, getattr(found, field.name)) for field in fields(Holder)) and 0 < found.process < 2**31:
+            return found
+    return Holder(run=content.hex(), host="", machine="", process=0, renewals=0, time=0.0, over=False)
+
+
+def _is(kind: object, value: object) -> bool:
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def holder_at(place: Place) -> Holder | None:
@@ -83,7 +93,7 @@ def holder_at(place: Place) -> Holder | None:
 
 
 class Hold:
-    """One driver's hold of a campaign's URI."""
+    """One driver's hold of a campaign's URI. Two threads may ask for it."""
 
     def __init__(self, place: Place, trouble: tuple[type[Exception], ...]) -> None:
         """Take nothing yet; `trouble` is what `place` may raise."""
@@ -99,7 +109,9 @@ class Hold:
             time=0.0,
             over=False,
         )
+        self._guard = threading.Lock()
         self._lost_to: Holder | None = None
+        self.gaps = 0  # how often what had been written there was seen to have gone
 
     @property
     def run(self) -> str:
@@ -108,35 +120,41 @@ class Hold:
 
     def await_silence(self) -> Holder | None:
         """Who had the URI last, once that is known to be over; UserError where somebody runs the campaign now."""
-        before = holder_at(self._place)
-        if before is None or before.over or _is_gone(before):
-            return before
-        _log.warning(
-            "%s: %s had it last and has not ended; %g s for a sign of it", self._place.uri, before, 3 * PERIOD_S
-        )
+        last = holder_at(self._place)
+        if last is None or last.over or _is_gone(last):
+            return last
+        _log.warning("%s: %s had it last and has not ended; %g s for a sign of it", self._place.uri, last, 3 * PERIOD_S)
         until_s = time.monotonic() + 3 * PERIOD_S
         while time.monotonic() < until_s:
-            time.sleep(min(_LOOK_S, PERIOD_S))
+            time.sleep(PERIOD_S / 10)
             now = holder_at(self._place)
             if now is None or now.over:
                 return now
-            if now != before:
+            if now != last:
                 raise self._is_held(now)
-        return before
+        return last
 
-    def take(self, before: Holder | None) -> None:
-        """Take the URI after `before`, and keep it; UserError where another has been quicker."""
+    def take(self, last: Holder | None) -> None:
+        """Take the URI after `last`, and keep it; UserError where another has been quicker."""
         now = holder_at(self._place)
-        if now is not None and now != before:
+        if now is not None and now != last:
             raise self._is_held(now)
         self._write()
         self._thread.start()
 
     def check(self) -> None:
         """UserError where another has taken the URI: it is the other's to write there from then on."""
-        now = holder_at(self._place)
-        if now is not None and now.run != self.run:
-            self._lost_to = now
+        with self._guard:
+            now = holder_at(self._place)
+            if now is None or (now.run == self.run and now.renewals < self._mine.renewals):
+                self.gaps += 1
+                self._write()  # at once: what was away and comes back then tells that it lacks this
+            elif now.is_known and now.run != self.run:
+                self._lost_to = now
+        self.raise_if_lost()
+
+    def raise_if_lost(self) -> None:
+        """The same, by what is known without looking there."""
         if self._lost_to is not None:
             raise self._is_held(self._lost_to)
 
@@ -145,17 +163,19 @@ class Hold:
         self._over.set()
         self._thread.join()
         if whole:
-            self._mine = replace(self._mine, over=True)
             with contextlib.suppress(*self._trouble):
+                self.check()
+                self._mine = replace(self._mine, over=True)
                 self._write()
 
     def _renew(self) -> None:
         while not self._over.wait(PERIOD_S):
             try:
                 self.check()
-                self._write()
+                with self._guard:
+                    self._write()
             except UserError:
-                _thread.interrupt_main(signal.SIGTERM)  # what is played from here on would be kept nowhere
+                _end_the_campaign()  # what is played from here on would be kept nowhere
                 return
             except self._trouble as error:
                 _log.debug("%s: %s", self._place.uri, error)  # who copies the files there says so
@@ -171,6 +191,13 @@ class Hold:
             got=str(by),
             remedy=f"wait for it or end it; zeroout status {self._place.uri} shows how far it is",
         )
+
+
+def _end_the_campaign() -> None:
+    """As a SIGTERM would, where that is handled; without, the next copy says what is wrong."""
+    main = threading.main_thread().ident
+    if main is not None and callable(signal.getsignal(signal.SIGTERM)):
+        signal.pthread_kill(main, signal.SIGTERM)
 
 
 def _is_gone(holder: Holder) -> bool:

@@ -1,10 +1,12 @@
 """Who has a campaign's URI: what a driver finds there, and what it does about it."""
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -47,6 +49,19 @@ def hold(shelf: Shelf) -> Hold:
     return Hold(shelf, (OSError,))
 
 
+class Clock:
+    """Time that goes on by sleeping alone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at_sleep: Callable[[], object] = lambda: None) -> None:
+        self.slept_s, self._at_sleep = 0.0, at_sleep
+        monkeypatch.setattr(time, "monotonic", lambda: self.slept_s)
+        monkeypatch.setattr(time, "sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.slept_s += seconds
+        self._at_sleep()
+
+
 def left_by(shelf: Shelf, **changes: object) -> Holder:
     """What a driver has left that was killed on another machine."""
     facts = {"run": "a", "host": "far", "machine": "m", "process": 5, "renewals": 3, "time": time.time(), "over": False}
@@ -78,22 +93,25 @@ def test_a_uri_that_nobody_has_is_taken_at_once_and_renewed(shelf: Shelf) -> Non
 def test_the_next_waits_only_where_the_last_has_not_come_to_its_end(
     shelf: Shelf, whole: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waits = list[float]()
     first = hold(shelf)
     first.take(None)
     first.end(whole=whole)
-    monkeypatch.setattr(time, "sleep", lambda seconds: waits.append(seconds))
-    before = hold(shelf).await_silence()
-    assert before is not None
-    assert before.run == first.run
-    assert bool(waits) is not whole
+    clock = Clock(monkeypatch)
+    last = hold(shelf).await_silence()
+    assert last is not None
+    assert last.run == first.run
+    assert (clock.slept_s >= 3 * PERIOD_S) is not whole
 
 
-def test_who_is_silent_for_three_periods_is_taken_for_dead(shelf: Shelf, caplog: pytest.LogCaptureFixture) -> None:
-    dead, since_s = left_by(shelf), time.monotonic()
+def test_who_is_silent_for_three_periods_is_taken_for_dead(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead = left_by(shelf)
     second = hold(shelf)
-    assert second.await_silence() == dead
-    assert time.monotonic() - since_s >= 3 * PERIOD_S
+    with monkeypatch.context() as patch:
+        clock = Clock(patch)
+        assert second.await_silence() == dead
+    assert 3 * PERIOD_S <= clock.slept_s < 4 * PERIOD_S
     assert "process 5 on far had it last and has not ended" in caplog.text
     second.take(dead)
     second.check()
@@ -134,11 +152,97 @@ def test_of_two_who_begin_together_the_slower_is_refused(shelf: Shelf) -> None:
     first.end(whole=True)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"run": "a"}', b"\xff"])
-def test_what_cannot_be_read_is_nobody(shelf: Shelf, content: bytes) -> None:
+GOOD = {"run": "a", "host": "h", "machine": "m", "process": 5, "renewals": 1, "time": 2, "over": False}
+
+
+def test_keys_of_other_versions_are_passed_over() -> None:
+    holder = parsed(json.dumps({**GOOD, "more": 1}).encode())
+    assert holder.is_known
+    assert parsed(holder.as_bytes()) == holder
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff", b'{"run": "a"}',
+        *(json.dumps({**GOOD, **bad}).encode() for bad in (
+            {"time": None}, {"process": "5"}, {"process": 10**30}, {"process": 0}, {"over": 0}, {"renewals": True},
+        )),
+    ],
+)  # fmt: skip
+def test_who_cannot_be_read_is_waited_for_as_everybody_is(
+    shelf: Shelf, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shelf.write(HELD, content)
-    assert parsed(content) is None
-    assert hold(shelf).await_silence() is None
+    clock = Clock(monkeypatch)
+    last = hold(shelf).await_silence()
+    assert clock.slept_s >= 3 * PERIOD_S
+    assert last is not None
+    assert not last.is_known
+    assert not last.is_fresh()
+
+
+def test_who_cannot_be_read_and_changes_has_it(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.write(HELD, b"{")
+    Clock(monkeypatch, at_sleep=lambda: shelf.write(HELD, b"{{"))
+    with pytest.raises(UserError, match="got somebody who cannot be read in"):
+        hold(shelf).await_silence()
+
+
+def test_a_file_that_is_damaged_while_its_driver_lives_is_written_again(shelf: Shelf) -> None:
+    mine = hold(shelf)
+    mine.take(None)
+    shelf.write(HELD, b"{")
+    mine.check()
+    time.sleep(3 * PERIOD_S)
+    found = holder_at(shelf)
+    assert found is not None
+    assert found.run == mine.run
+    mine.end(whole=True)
+
+
+def test_what_has_gone_or_is_as_it_was_before_is_counted_as_a_gap(shelf: Shelf) -> None:
+    mine = hold(shelf)
+    mine.take(None)
+    mine._over.set()  # the test renews
+    first = shelf.files[HELD]
+    mine.check()
+    mine._write()
+    mine.check()
+    assert mine.gaps == 0
+    shelf.files[HELD] = first
+    mine.check()
+    assert mine.gaps == 1
+    second = shelf.files.pop(HELD)
+    mine.check()
+    assert mine.gaps == 2
+    shelf.files[HELD] = second  # as of a disk that was away
+    mine.check()
+    assert mine.gaps == 3
+    mine.check()
+    assert mine.gaps == 3
+    mine.end(whole=True)
+
+
+def test_what_another_has_taken_is_not_written_at_the_end(shelf: Shelf) -> None:
+    mine = hold(shelf)
+    mine.take(None)
+    mine._over.set()
+    theirs = left_by(shelf)
+    with pytest.raises(UserError, match="got process 5 on far"):
+        mine.end(whole=True)
+    assert holder_at(shelf) == theirs
+    with pytest.raises(UserError, match="got process 5 on far"):
+        mine.raise_if_lost()
+
+
+def test_whoever_ends_while_another_waits_is_not_waited_for_longer(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = left_by(shelf)
+    clock = Clock(monkeypatch, at_sleep=lambda: shelf.write(HELD, replace(last, renewals=4, over=True).as_bytes()))
+    assert hold(shelf).await_silence() == replace(last, renewals=4, over=True)
+    assert clock.slept_s < PERIOD_S
 
 
 def test_a_storage_that_is_away_for_a_while_loses_nothing(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
