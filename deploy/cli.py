@@ -19,6 +19,7 @@ from rich.table import Table
 
 from deploy.folder import CampaignFolder, copy_of
 from deploy.process_list import REDIS_VARIABLE, hide_password
+from deploy.storage_hold import refuse_held
 from env.errors import UserError, ZerooutError
 
 __all__ = ["app", "main"]
@@ -436,9 +437,10 @@ def status(
     from deploy.status import read_status, render_status, watch_json
     from deploy.status import watch as watch_status
 
-    campaign = _opened(folder)
+    where = copy_of(folder)
+    look, interval_s = _looker(where), _URI_LOOK_S if "://" in where else _LOOK_S
+    campaign = look()
     total = load(campaign.campaign_toml).search.total
-    look, interval_s = partial(_opened, folder), _URI_LOOK_S if "://" in folder else _LOOK_S
     if as_json and watch:
         for line in watch_json(look, interval_s, episodes_total=total):
             typer.echo(line)
@@ -608,8 +610,15 @@ def doctor(
 
 def _opened(folder: str) -> CampaignFolder:
     """A campaign's folder, to look at; of one at a URI a copy."""
-    uri = copy_of(folder)
-    return CampaignFolder(_storage().fetched(uri)) if "://" in uri else CampaignFolder.open(folder)
+    return _looker(copy_of(folder))()
+
+
+def _looker(where: str) -> Callable[[], CampaignFolder]:
+    """What opens a campaign for each of many looks."""
+    if "://" not in where:
+        return partial(CampaignFolder.open, where)
+    look = _storage().looker(where)
+    return lambda: CampaignFolder(look())
 
 
 def _storage() -> Any:
@@ -625,8 +634,11 @@ def _campaign(
     from deploy.campaign import interruptible, run_campaign
     from deploy.progress import make_progress
 
+    out = copy_of(out)
+    if "://" not in out:
+        refuse_held(Path(out))
     console = Console(width=None if sys.stdout.isatty() else _PLAIN_WIDTH)
-    progress, out = make_progress(console), copy_of(out)
+    progress = make_progress(console)
     try:
         place = _storage().kept(out, existing=existing) if "://" in out else contextlib.nullcontext(Path(out))
         with interruptible(), place as path:

@@ -41,6 +41,7 @@ _DISK_TROUBLE = {
     errno.EPERM: "no permission to write",
     errno.ENOENT: "no folder, and none that can be made",
     errno.ENOTDIR: "a file where a folder is to be",
+    errno.EISDIR: "a folder where a file is to be",
     errno.EEXIST: "a file where a folder is to be",
 }
 

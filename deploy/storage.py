@@ -13,18 +13,19 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from deploy.storage_copy import TROUBLE, Copy
 from deploy.storage_hold import Hold
 from env.errors import UserError
 
-__all__ = ["fetched", "kept", "probe"]
+__all__ = ["kept", "looker", "probe"]
 
 _log = logging.getLogger("zeroout")
 
 PERIOD_S = 10.0  # between two copies
+_TRIES = 5  # of the last one
 
 
 @contextlib.contextmanager
@@ -43,19 +44,19 @@ def kept(uri: str, *, existing: bool = False) -> Iterator[Path]:
         hold = Hold(copy, TROUBLE)
         with copy.trouble_named():
             last = hold.await_silence()
-        copy.begin(last, hold.run, existing=existing)
-        with copy.trouble_named():
+            copy.begin(last, hold.run, existing=existing)
             hold.take(last)
         with _copied(copy, hold):
             yield copy.folder
 
 
-def fetched(uri: str) -> Path:
-    """A folder with what is at the URI but the learner's checkpoints, to look at; UserError where no campaign is there.
+def looker(uri: str) -> Callable[[], Path]:
+    """Where a campaign at a URI can be looked at: what is called for each look, which fetches what is new there.
 
-    It is this machine's own where the campaign runs here, or last ran here.
+    Each raises UserError where no campaign is there. Where the storage does not answer, what was seen last is returned,
+    which is logged once.
     """
-    return Copy(uri).look()
+    return Copy(uri).look
 
 
 def probe(uri: str) -> None:
@@ -63,6 +64,7 @@ def probe(uri: str) -> None:
     copy, content = Copy(uri), os.urandom(16)
     name = f"probe-{content.hex()}"  # every node of a cluster may do so at the same time
     with copy.trouble_named():
+        copy.make()
         copy.write(name, content)
         if copy.read(name) != content:
             raise OSError("what was written is not what was read")
@@ -82,9 +84,9 @@ def _copied(copy: Copy, hold: Hold) -> Iterator[None]:
         over.set()
         try:
             thread.join()
-            _push_all(copy, hold)
-            whole = True
+            whole = _push_all(copy, hold)
         except KeyboardInterrupt:
+            hold.raise_if_lost()
             _log.warning("%s: not all has come there; it lies in %s, for the next resume here", copy.uri, copy.folder)
             raise
         finally:
@@ -107,11 +109,16 @@ def _keep(copy: Copy, hold: Hold, over: threading.Event) -> None:
             told = True
 
 
-def _push_all(copy: Copy, hold: Hold) -> None:
-    """Push what is left; UserError where that fails."""
+def _push_all(copy: Copy, hold: Hold) -> bool:
+    """Push what is left until it stays there; False where there is no campaign to push, UserError where that fails."""
     try:
-        hold.check()
-        copy.push(hold)
+        for _ in range(_TRIES):
+            hold.check()
+            gaps, pushed = hold.gaps, copy.push(hold)
+            hold.check()
+            if hold.gaps == gaps:
+                return pushed
+        raise OSError("what is written there does not stay")
     except TROUBLE as error:
         raise UserError(
             copy.uri,

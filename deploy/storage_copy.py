@@ -1,7 +1,7 @@
 """What lies at a URI and what lies here: fetched, and pushed, file by file.
 
-Called by deploy/storage.py. A campaign runs in one folder of this machine and is looked at in another, so that a look
-never touches what a driver works with, or goes on from.
+Called by deploy/storage.py. A campaign runs in one folder of this machine. It is looked at there, as any folder is,
+where this machine runs it or has all that came of it; else in another, which is never gone on from.
 """
 
 import contextlib
@@ -9,8 +9,10 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from urllib.parse import parse_qs, urlsplit
 
 import pyarrow
 from pyarrow import fs
@@ -24,7 +26,8 @@ __all__ = ["TROUBLE", "Copy"]
 _log = logging.getLogger("zeroout")
 
 TROUBLE = (OSError, pyarrow.ArrowException)  # of a storage
-_CAMPAIGN, _CHECKPOINTS, _EXPORTS = "campaign.toml", "checkpoints/", "export/"
+_CAMPAIGN, _CHECKPOINTS = "campaign.toml", "checkpoints/"
+_TELLING = (_CAMPAIGN, "id")  # files that no two campaigns have alike
 _APART = ("redis", "lock", HELD)
 _HALF_WRITTEN = re.compile(r"\..*")  # of env.files.replace_file, and of checkpoints
 #: They say that something else is whole, and go after it.
@@ -44,19 +47,19 @@ class Copy:
             self._there, self._root = fs.FileSystem.from_uri(self.uri)
         except (*TROUBLE, ValueError) as error:
             raise self.unusable(error) from error
-        key = hashlib.sha256(f"{self._there.type_name} {self._root}".encode()).hexdigest()[:12]
-        self._home, name = _cache() / key, self._root.rpartition("/")[2] or "campaign"
+        self._is_whole_at_once = self._there.type_name in _AT_ONCE_WHOLE
+        self._home, name = _cache() / _key(self.uri, self._root), self._root.rpartition("/")[2] or "campaign"
         self.folder, self._looked_at = self._home / "run" / name, self._home / "look" / name
-        self._lock = self._home / "lock"
         self._runs = self._home / "runs"  # after which of them `folder` has all that came of the campaign
         self._pushed: dict[str, _State] = {}
         self._gaps = 0  # of the hold, that have been made good
+        self._told = False  # that the storage does not answer
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Keep every other process of this machine from working in `folder`; UserError when one does."""
-        _make(self._home)
-        with hold_lock(self._lock, self.uri):
+        self._check_home()
+        with hold_lock(self._home / "lock", self.uri):
             yield
 
     # ---- before a campaign is run ----
@@ -72,21 +75,24 @@ class Copy:
         elif self._is_newest(last, there):
             # what an earlier run of this machine had not come to delete there
             self._pushed = {name: (0, 0) for name in there if name.startswith(_CHECKPOINTS)}
+            here = _names(self.folder)
+            self._fetch({name: there[name] for name in there if name not in here | self._pushed.keys()}, self.folder)
         else:
-            self._mirror(there, self.folder)
+            self._fetch(there, self.folder)
+            _remove(self.folder, _names(self.folder) - there.keys())
             self._pushed = {name: state for name in there if (state := _state(self.folder / name)) is not None}
         self._name(self.folder)
+        self.make()
         # Another driver's run may still go on, which its next renewal shows; this one is written here alone.
         known = [run] if last is None else [run, f"{last.run} {last.renewals}"]
-        write_atomic(self._runs, "".join(f"{line}\n" for line in known))
+        _write_lines(self._runs, known)
 
     def _check_place(self, there: Mapping[str, fs.FileInfo], *, existing: bool) -> None:
-        foreign = sorted(name for name in there if not _stays(name))
-        if foreign:
+        if there:
             raise UserError(
                 self.uri,
                 expected="nothing there, or a campaign",
-                got=f"{len(foreign)} other files, such as {foreign[0]!r}",
+                got=f"{len(there)} other files, such as {min(there)!r}",
                 remedy="give a URI of its own to each campaign, e.g. one level below",
             )
         if (self.folder / _CAMPAIGN).is_file():
@@ -96,89 +102,136 @@ class Copy:
 
     def _is_newest(self, last: Holder | None, there: Mapping[str, fs.FileInfo]) -> bool:
         """Whether `folder` has all that is there, and perhaps more, if that driver was the last."""
-        if not (self.folder / _CAMPAIGN).is_file():
+        if not _names(self.folder):
             return False
-        if last is None or not last.is_known:
-            return self._extends(there)
         known = self._runs.read_text(errors="replace").splitlines() if self._runs.is_file() else []
-        return last.run in known or f"{last.run} {last.renewals}" in known
+        if last is not None and (last.run in known or f"{last.run} {last.renewals}" in known):
+            return True
+        # Nobody can tell who was last, or one was that has done nothing.
+        smallest_first = sorted(there.items(), key=lambda item: int(item[1].size))
+        return all(self._has(name, info) for name, info in smallest_first)
 
-    def _extends(self, there: Mapping[str, fs.FileInfo]) -> bool:
-        """Whether `folder` has every file that is there, and begins with the same episodes."""
-        wanted = {name for name in there if not _stays(name) and not name.startswith(_CHECKPOINTS)}
-        if wanted - _names(self.folder):
-            return False
-        with self.trouble_named(), contextlib.suppress(FileNotFoundError):
-            return (self.folder / "episodes.jsonl").read_bytes().startswith(self.read("episodes.jsonl"))
-        return True
+    def _has(self, name: str, info: fs.FileInfo) -> bool:
+        """Whether `folder` has a file that is there, or has gone on with it; old checkpoints it need not have."""
+        path = self.folder / name
+        state = _state(path)
+        if state is None or name.startswith(_CHECKPOINTS):
+            return name.startswith(_CHECKPOINTS)
+        if name == "episodes.jsonl":
+            return path.read_bytes().startswith(self.read(name))
+        if state[0] > (info.mtime_ns or 0):
+            return True
+        return state[1] == info.size and path.read_bytes() == self.read(name)
 
     # ---- to look at ----
 
     def look(self) -> Path:
-        """A folder with what the campaign has come to; what is at the URI is fetched without its checkpoints."""
-        if is_locked(self._lock) and (self.folder / _CAMPAIGN).is_file():
+        """A folder with what the campaign has come to; what is at the URI is fetched without its checkpoints.
+
+        UserError where no campaign is there.
+        """
+        if is_locked(self.folder / "lock"):
             return self.folder
+        self._check_home()
         try:
-            last, there = holder_at(self), self._listed()
+            found = self._look()
+            self._told = False
+            return found
         except TROUBLE as error:
             return self._had_before(error)
+
+    def _look(self) -> Path:
+        last, there = holder_at(self), self._listed()
         if _CAMPAIGN not in there:
             raise self._is_none()
         if self._is_newest(last, there):
             return self.folder
         wanted = {name: info for name, info in there.items() if not name.startswith(_CHECKPOINTS)}
-        self._mirror(wanted, self._looked_at, spared=_EXPORTS)
+        if any(self._is_another(name, wanted) for name in _TELLING):
+            shutil.rmtree(self._looked_at)
         self._name(self._looked_at)
+        listed = self._looked_at.with_name(f".{self._looked_at.name}.fetched")
+        had = set(listed.read_text().splitlines()) if listed.is_file() else set[str]()
+        _write_lines(listed, had | wanted.keys())  # all else was made here from them, and stays
+        with contextlib.suppress(FileNotFoundError):  # one has gone since; the next look is not far
+            self._fetch(wanted, self._looked_at)
+        _remove(self._looked_at, had - wanted.keys())
+        _write_lines(listed, wanted.keys())
+        (self._looked_at / HELD).unlink(missing_ok=True)
         if last is not None:
             write_atomic(self._looked_at / HELD, last.as_bytes())
         return self._looked_at
+
+    def _is_another(self, name: str, there: Mapping[str, fs.FileInfo]) -> bool:
+        """Whether a file that never changes is another there than the one that was fetched."""
+        state = _state(self._looked_at / name)
+        if state is None or name not in there or state == (there[name].mtime_ns, there[name].size):
+            return False
+        return (self._looked_at / name).read_bytes() != self.read(name)
 
     def _had_before(self, error: Exception) -> Path:
         """What this machine has, where the storage does not answer."""
         had = [folder for folder in (self.folder, self._looked_at) if (folder / _CAMPAIGN).is_file()]
         if not had:
             raise self.unusable(error) from error
-        newest = max(had, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*.*")))
-        _log.warning("%s cannot be read (%s); what this machine had of it is shown", self.uri, _line(error))
-        return newest
+        if not self._told:
+            _log.warning("%s cannot be read (%s); what this machine had of it is shown", self.uri, _line(error))
+        self._told = True
+        return max(had, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*.*")))
 
     # ---- while it runs ----
 
-    def push(self, hold: Hold) -> None:
-        """Copy there what has changed, and delete there what has gone; UserError where the URI is another's by now."""
+    def push(self, hold: Hold) -> bool:
+        """Copy there what has changed, and delete old checkpoints there; False where there is no campaign to copy.
+
+        UserError where the URI is another's by now.
+        """
         names = _names(self.folder)
         if _CAMPAIGN not in names:
-            return  # not begun yet, or somebody cleans up here
+            return False  # not begun yet, or somebody cleans up here
         if hold.gaps != self._gaps:
             self._gaps, self._pushed = hold.gaps, dict.fromkeys(self._pushed, (0, 0))
         for name in sorted(names, key=lambda name: (name != _CAMPAIGN, _order(name))):
             hold.raise_if_lost()
-            with contextlib.suppress(FileNotFoundError):  # an old checkpoint that goes while we look
-                self._push_one(name)
-        for name in self._pushed.keys() - names:
+            self._push_one(name)
+        # All else that goes here has been taken away, by somebody who cleans up.
+        old = {name for name in self._pushed.keys() - names if name.startswith(_CHECKPOINTS)}
+        for name in old if any(name.startswith(_CHECKPOINTS) for name in names) else ():
             hold.raise_if_lost()
             with contextlib.suppress(FileNotFoundError):
                 self.delete(name)
             del self._pushed[name]
+        return True
 
     def _push_one(self, name: str) -> None:
         now = _state(self.folder / name)
-        if now is not None and self._pushed.get(name) != now:
-            self.write(name, (self.folder / name).read_bytes())
-            self._pushed[name] = now
+        if now is None or self._pushed.get(name) == now:
+            return
+        try:
+            content = (self.folder / name).read_bytes()
+        except FileNotFoundError:  # an old checkpoint that goes while we look
+            return
+        self.write(name, content)
+        self._pushed[name] = now
 
     # ---- the storage ----
 
+    def make(self) -> None:
+        """Have a folder there, where the storage knows such."""
+        if not self._is_whole_at_once:
+            self._there.create_dir(self._root, recursive=True)
+
     def write(self, name: str, content: bytes) -> None:
-        """Write a file there: all of it, or it is as it was."""
+        """Write a file in the folder there: all of it, or it is as it was."""
         final = f"{self._root}/{name}"
-        whole = self._there.type_name in _AT_ONCE_WHOLE
-        path = final if whole else f"{final}.part"
-        if not whole:
-            self._there.create_dir(final.rpartition("/")[0], recursive=True)
+        path = final if self._is_whole_at_once else f"{final}.part"
+        if not self._is_whole_at_once:
+            # but for the first of them, which a disk that is away lacks
+            for parent in [*PurePosixPath(name).parents][-2::-1]:
+                self._there.create_dir(f"{self._root}/{parent}", recursive=False)
         with self._there.open_output_stream(path) as stream:
             stream.write(content)
-        if not whole:
+        if path != final:
             self._there.move(path, final)
 
     def read(self, name: str) -> bytes:
@@ -191,31 +244,27 @@ class Copy:
         self._there.delete_file(f"{self._root}/{name}")
 
     def _listed(self) -> dict[str, fs.FileInfo]:
+        """The files there that are a campaign's, or somebody else's."""
         found = self._there.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
-        return {info.path[len(self._root) :].lstrip("/"): info for info in found if info.is_file}
+        named = {info.path[len(self._root) :].lstrip("/"): info for info in found if info.is_file}
+        return {name: info for name, info in named.items() if not _stays(name)}
 
-    def _mirror(self, there: Mapping[str, fs.FileInfo], folder: Path, *, spared: str | None = None) -> None:
-        """Have in a folder what is there, and nothing else but what begins with `spared`."""
-        wanted = {name: info for name, info in there.items() if not _stays(name)}
+    def _fetch(self, wanted: Mapping[str, fs.FileInfo], folder: Path) -> None:
+        """Fetch files, but for what has been and has changed nowhere since; the campaign's last."""
         for name in sorted(wanted, key=lambda name: (name == _CAMPAIGN, _order(name))):
-            self._fetch_one(name, wanted[name], folder)
-        for name in _names(folder) - wanted.keys():
-            if spared is None or not name.startswith(spared):
-                (folder / name).unlink(missing_ok=True)
-
-    def _fetch_one(self, name: str, info: fs.FileInfo, folder: Path) -> None:
-        """Fetch a file, unless that has been done and neither has changed since, or it has gone."""
-        path, when_ns = folder / name, info.mtime_ns or 0
-        if _state(path) == (when_ns, info.size):
-            return
-        with self.trouble_named():
-            try:
+            path, when_ns = folder / name, wanted[name].mtime_ns or 0
+            if _state(path) != (when_ns, wanted[name].size):
                 content = self.read(name)
-            except FileNotFoundError:
-                return
-        _make(path.parent)
-        write_atomic(path, content)
-        os.utime(path, ns=(when_ns, when_ns))  # people are told how long ago the last episode was
+                _make(path.parent)
+                write_atomic(path, content)
+                os.utime(path, ns=(when_ns, when_ns))  # people are told how long ago the last episode was
+
+    def _check_home(self) -> None:
+        """UserError where this machine's copies cannot be kept."""
+        _make(self._home)
+        probe = self._home / f".probe-{os.getpid()}"
+        write_atomic(probe, b"")
+        probe.unlink()
 
     def _name(self, folder: Path) -> None:
         """Have whoever gives the folder get the URI."""
@@ -275,14 +324,30 @@ def _state(path: Path) -> _State | None:
     """None where there is no such file."""
     try:
         state = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     return state.st_mtime_ns, state.st_size
+
+
+def _write_lines(path: Path, lines: Iterable[str]) -> None:
+    write_atomic(path, "".join(f"{line}\n" for line in lines))
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)
 
 
 def _make(folder: Path) -> None:
     with disk_trouble_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _key(uri: str, root: str) -> str:
+    """What tells one place from all others, but not two ways to write it: no password, no region."""
+    parts = urlsplit(uri)
+    place = re.sub(r":[^@]*@", "@", parts.netloc), parse_qs(parts.query).get("endpoint_override")
+    return hashlib.sha256(f"{parts.scheme} {place} {root}".encode()).hexdigest()[:12]
 
 
 def _cache() -> Path:

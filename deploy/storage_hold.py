@@ -19,7 +19,7 @@ from typing import Protocol
 
 from env.errors import UserError
 
-__all__ = ["HELD", "Hold", "Holder", "Place", "holder_at", "parsed"]
+__all__ = ["HELD", "Hold", "Holder", "Place", "holder_at", "parsed", "refuse_held"]
 
 _log = logging.getLogger("zeroout")
 
@@ -72,16 +72,29 @@ class Holder:
 
 def parsed(content: bytes) -> Holder:
     """The holder of a file's content; keys of other versions are passed over."""
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError, RecursionError):
         told = json.loads(content)
+        told["time"] = float(told["time"])
         found = Holder(**{field.name: told[field.name] for field in fields(Holder)})
-        if all(_is(field.type, getattr(found, field.name)) for field in fields(Holder)) and 0 < found.process < 2**31:
+        if (
+            all(type(getattr(found, field.name)) is field.type for field in fields(Holder))
+            and 0 < found.process < 2**31
+        ):
             return found
     return Holder(run=content.hex(), host="", machine="", process=0, renewals=0, time=0.0, over=False)
 
 
-def _is(kind: object, value: object) -> bool:
-    return type(value) is kind or (kind is float and type(value) is int)
+def refuse_held(folder: Path) -> None:
+    """UserError for a folder that a driver seems to run by its URI, as one on a shared disk (file://) may be."""
+    with contextlib.suppress(OSError):
+        holder = parsed((folder / HELD).read_bytes())
+        if holder.is_fresh():
+            raise UserError(
+                f"campaign {folder}",
+                expected="that nobody runs it",
+                got=str(holder),
+                remedy=f"wait for it or end it, and give its URI then ({folder.resolve().as_uri()})",
+            )
 
 
 def holder_at(place: Place) -> Holder | None:
@@ -109,7 +122,7 @@ class Hold:
             time=0.0,
             over=False,
         )
-        self._guard = threading.Lock()
+        self._guard = threading.RLock()  # of the file there
         self._lost_to: Holder | None = None
         self.gaps = 0  # how often what had been written there was seen to have gone
 
@@ -159,20 +172,25 @@ class Hold:
             raise self._is_held(self._lost_to)
 
     def end(self, *, whole: bool) -> None:
-        """Let go; where all that there is has been written (`whole`), whoever comes next need not wait."""
+        """Let go; where all that there is has been written (`whole`) and stays there, whoever comes next need not wait.
+
+        UserError where another has taken the URI.
+        """
         self._over.set()
         self._thread.join()
-        if whole:
-            with contextlib.suppress(*self._trouble):
-                self.check()
-                self._mine = replace(self._mine, over=True)
-                self._write()
+        if not whole:
+            return
+        with contextlib.suppress(*self._trouble):
+            gaps = self.gaps
+            self.check()
+            if self.gaps == gaps:
+                self._write(over=True)
 
     def _renew(self) -> None:
         while not self._over.wait(PERIOD_S):
             try:
-                self.check()
-                with self._guard:
+                with self._guard:  # what is lost after the check is not written over
+                    self.check()
                     self._write()
             except UserError:
                 _end_the_campaign()  # what is played from here on would be kept nowhere
@@ -180,9 +198,10 @@ class Hold:
             except self._trouble as error:
                 _log.debug("%s: %s", self._place.uri, error)  # who copies the files there says so
 
-    def _write(self) -> None:
-        self._mine = replace(self._mine, renewals=self._mine.renewals + 1, time=time.time())
-        self._place.write(HELD, self._mine.as_bytes())
+    def _write(self, *, over: bool = False) -> None:
+        now = replace(self._mine, renewals=self._mine.renewals + 1, time=time.time(), over=over)
+        self._place.write(HELD, now.as_bytes())
+        self._mine = now  # only then: where it is not known to have arrived, both counts are right
 
     def _is_held(self, by: Holder) -> UserError:
         return UserError(

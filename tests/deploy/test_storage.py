@@ -11,18 +11,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_campaign
 from rich.console import Console
 from tiny_campaign import LIMIT_S, ROOT, command, tiny, wait_until
 
-from deploy import doctor, storage, storage_hold
+from deploy import doctor, storage, storage_copy, storage_hold
 from deploy.campaign import interruptible
 from deploy.config import CampaignConfig, dump
 from deploy.folder import copy_of
 from deploy.status import read_status
-from deploy.storage import fetched, kept, probe
+from deploy.storage import kept, looker, probe
 from deploy.storage_copy import TROUBLE, Copy
 from deploy.storage_hold import HELD, Hold, Holder
 from env.errors import UserError
@@ -44,6 +45,11 @@ def another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], 
 @pytest.fixture
 def there(tmp_path: Path) -> Path:
     return tmp_path / "there" / "mine"
+
+
+def fetched(uri: str) -> Path:
+    """One look."""
+    return looker(uri)()
 
 
 @pytest.fixture
@@ -89,8 +95,10 @@ def test_what_changes_is_copied_on_the_way_and_what_goes_is_removed(
         write(here, WHOLE)
         wait_until(lambda: there.is_dir() and names(there) == sorted(WHOLE), "all is there", 20)
         write(here, {"episodes.jsonl": '{"id": 0}\n{"id": 1}\n'})
+        write(here, {"checkpoints/update-2/manifest.json": "{}"})
         (here / "checkpoints/update-1/manifest.json").unlink()
-        wait_until(lambda: names(there) == ["campaign.toml", "episodes.jsonl"], "the checkpoint is gone", 20)
+        wait_until(lambda: "checkpoints/update-1/manifest.json" not in names(there), "the checkpoint is gone", 20)
+        assert "checkpoints/update-2/manifest.json" in names(there)
         wait_until(lambda: (there / "episodes.jsonl").read_text().count("\n") == 2, "the episode is there", 20)
 
 
@@ -127,7 +135,7 @@ def test_a_machine_that_was_killed_before_its_last_copy_keeps_what_it_has(there:
     assert fetched(there.as_uri()) == here  # a look changes nothing there either
     with kept(there.as_uri()) as again:
         assert (again / "episodes.jsonl").read_text() == TWO
-        assert names(again) == sorted(WHOLE)
+        assert set(names(again)) == {*WHOLE, "notes.txt"}  # nor can it be told from the campaign's own
     assert (there / "episodes.jsonl").read_text() == TWO
     assert names(there) == sorted([*WHOLE, "notes.txt"])
 
@@ -249,13 +257,94 @@ def test_a_resume_of_what_is_no_campaign_leaves_nothing_there(there: Path) -> No
     assert not there.exists()
 
 
-def test_a_cache_that_is_cleaned_up_deletes_nothing_there(there: Path) -> None:
+@pytest.mark.parametrize("left", [[], ["campaign.toml"], ["episodes.jsonl"], ["checkpoints/update-1/manifest.json"]])
+def test_a_cache_that_is_cleaned_up_meanwhile_deletes_nothing_there(there: Path, quick: None, left: list[str]) -> None:
     with kept(there.as_uri()) as here:
         write(here, WHOLE)
     with kept(there.as_uri()) as here:
-        shutil.rmtree(here)
-        write(here, {"checkpoints/update-2/state.pt": "s"})
+        for name in WHOLE.keys() - set(left):
+            (here / name).unlink()
+        write(here, {"episodes.jsonl": TWO} if "episodes.jsonl" in left else {})
     assert names(there) == sorted(WHOLE)
+    assert holder(there).over is (left == ["campaign.toml"])
+    with kept(there.as_uri()) as here:  # what is gone is fetched, what is more is kept
+        assert set(names(here)) >= WHOLE.keys() - {"checkpoints/update-1/manifest.json"}
+        assert (here / "episodes.jsonl").read_text() == (TWO if left == ["episodes.jsonl"] else WHOLE["episodes.jsonl"])
+
+
+def test_a_start_elsewhere_that_came_to_nothing_costs_nothing(there: Path, another: Callable[[str], None]) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, {**WHOLE, "frontier.json": "1"})
+    write(here, {"episodes.jsonl": TWO, "frontier.json": "2", "candidates/a.json": "{}"})  # not copied any more
+    another("elsewhere")
+    with kept(there.as_uri()):
+        pass
+    another("here")
+    with kept(there.as_uri()) as again:
+        assert (again / "episodes.jsonl").read_text() == TWO
+        assert (again / "frontier.json").read_text() == "2"
+        assert (again / "candidates/a.json").is_file()
+
+
+def test_a_start_that_was_killed_before_it_took_the_uri_is_of_no_account(
+    there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, {**WHOLE, "old.json": "{}"})
+    write(here, {"episodes.jsonl": TWO})
+    (here / "old.json").unlink()
+    write(there, {"old.json": "[1]"})
+    with monkeypatch.context() as killed:
+        killed.setattr(Hold, "take", lambda _hold, _last: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError), kept(there.as_uri()):
+            pytest.fail("begun")
+    with kept(there.as_uri()) as again:
+        assert (again / "episodes.jsonl").read_text() == TWO
+
+
+def test_what_vanishes_while_it_is_fetched_is_not_gone_on_without(
+    there: Path, another: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with kept(there.as_uri()) as here:
+        write(here, WHOLE)
+    another("elsewhere")
+    read = Copy.read
+
+    def away(copy: Copy, name: str) -> bytes:
+        if name == "episodes.jsonl":
+            raise FileNotFoundError(name)
+        return read(copy, name)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Copy, "read", away)
+        with pytest.raises(UserError, match="expected a storage URI"), kept(there.as_uri()):
+            pytest.fail("begun")
+    with kept(there.as_uri()) as other:
+        assert names(other) == sorted(WHOLE)
+
+
+def test_a_storage_that_goes_during_a_copy_is_not_written_beside_it(
+    there: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a shared disk that is not mounted for a moment."""
+    push, away = Copy._push_one, there.with_name("away")
+
+    def while_it_is_away(copy: Copy, name: str) -> None:
+        there.rename(away)
+        try:
+            push(copy, name)
+        finally:
+            assert not there.exists()
+            away.rename(there)
+            monkeypatch.setattr(Copy, "_push_one", push)
+
+    monkeypatch.setattr(storage, "PERIOD_S", 0.02)
+    with kept(there.as_uri()) as here:
+        write(here, WHOLE)
+        wait_until(lambda: there.is_dir() and names(there) == sorted(WHOLE), "all is there", 20)
+        monkeypatch.setattr(Copy, "_push_one", while_it_is_away)
+        write(here, {"a": ""})
+        wait_until(lambda: names(there) == sorted([*WHOLE, "a"]), "the new one is there", 20)
 
 
 def is_back(there: Path, away: Path) -> bool:
@@ -269,12 +358,13 @@ def is_back(there: Path, away: Path) -> bool:
 def test_a_storage_that_was_empty_for_a_while_has_all_in_the_end(
     there: Path, quick: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As a shared disk that is not mounted: what is written meanwhile goes to the empty folder below it."""
+    """As a shared disk that is mounted just there, and is not: what is written goes to the empty folder below it."""
     away = there.with_name("away")
     with kept(there.as_uri()) as here:
         write(here, WHOLE)
         wait_until(lambda: there.is_dir() and names(there) == sorted(WHOLE), "all is there", 20)
         there.rename(away)
+        there.mkdir()
         write(here, {"frontier.json": "{}"})
         wait_until(lambda: there.is_dir() and "frontier.json" in names(there), "it is written there", 20)
         wait_until(lambda: is_back(there, away), "it is back", 20)
@@ -289,28 +379,62 @@ def test_a_storage_that_was_empty_for_a_while_has_all_in_the_end(
 
 
 def test_who_has_lost_the_uri_is_ended_and_writes_nothing_more_there(there: Path, quick: None) -> None:
+    interrupted = list[str]()
+
     def lost() -> None:
         with interruptible(), kept(there.as_uri()) as here:
             write(here, WHOLE)
             wait_until(lambda: there.is_dir() and names(there) == sorted(WHOLE), "all is there", 20)
             (there / HELD).write_bytes(took(holder(there)))
             write(here, {"frontier.json": "of one who does not know"})
-            # again and again, as the renewal that is under way may come after the first
-            wait_until(lambda: (there / HELD).write_bytes(took(holder(there))) == 0, "it is interrupted", 20)
+            try:
+                # again and again, as the renewal that is under way may come after the first
+                wait_until(lambda: (there / HELD).write_bytes(took(holder(there))) == 0, "it is interrupted", 20)
+            except KeyboardInterrupt:
+                interrupted.append("at once")
+                raise
 
     def took(from_whom: Holder) -> bytes:
         return replace(from_whom, run="another", process=7, host="elsewhere").as_bytes()
 
     with pytest.raises(UserError, match="got process 7 on elsewhere"):
         lost()
+    assert interrupted == ["at once"]
     assert names(there) == sorted(WHOLE)
     assert holder(there).run == "another"
+
+
+@pytest.mark.parametrize("begins_with", ["c", "checkpoints"])
+def test_a_loss_ends_a_copy_between_two_files(there: Path, begins_with: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = Copy(there.as_uri())
+    hold = Hold(copy, TROUBLE)
+    copy.make()
+    write(copy.folder, {**WHOLE, "checkpoints/update-0/manifest.json": "{}", "checkpoints/update-0/b": ""})
+    hold.take(None)
+    assert copy.push(hold)
+    hold.end(whole=False)
+    if begins_with == "checkpoints":
+        shutil.rmtree(copy.folder / "checkpoints/update-0")
+    else:
+        write(copy.folder, {f"c{number}": "" for number in range(4)})
+    before = names(there)
+    first = Copy.write if begins_with == "c" else Copy.delete
+
+    def then_lost(copy: Copy, *what: Any) -> None:
+        first(copy, *what)
+        hold._lost_to = replace(hold._mine, run="another", process=7, host="elsewhere")
+
+    monkeypatch.setattr(Copy, first.__name__, then_lost)
+    with pytest.raises(UserError, match="got process 7 on elsewhere"):
+        copy.push(hold)
+    assert len(set(names(there)) ^ set(before)) == 1
 
 
 def test_a_look_changes_nothing_where_the_campaign_runs(there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with kept(there.as_uri()) as here:
         write(here, WHOLE)
         write(there, {"frontier.json": "older", "checkpoints/update-0/state.pt": "s", "more": "m"})
+        monkeypatch.setattr(storage_copy, "is_locked", lambda path: path == here / "lock")
         before = {name: (here / name).read_text() for name in names(here)}
         monkeypatch.setattr(Copy, "read", lambda _copy, name: pytest.fail(f"reads {name}"))
         assert fetched(there.as_uri()) == here
@@ -395,6 +519,7 @@ def test_a_storage_that_is_away_for_a_while_is_told_of_once_and_tried_again(
     write(copy.folder, WHOLE)
     over, calls, push = threading.Event(), [], copy.push
     hold = Hold(copy, TROUBLE)
+    copy.make()
 
     def flaky(hold: Hold) -> None:
         calls.append(1)

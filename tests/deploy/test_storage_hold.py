@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from deploy import storage_hold
-from deploy.storage_hold import HELD, Hold, Holder, holder_at, parsed
+from deploy.storage_hold import HELD, Hold, Holder, holder_at, parsed, refuse_held
 from env.errors import UserError
 
 PERIOD_S = 0.1
@@ -164,9 +165,9 @@ def test_keys_of_other_versions_are_passed_over() -> None:
 @pytest.mark.parametrize(
     "content",
     [
-        b"", b"{", b"[]", b"null", b"\xff", b'{"run": "a"}',
+        b"", b"{", b"[]", b"null", b"\xff", b'{"run": "a"}', b"[" * 200_000,
         *(json.dumps({**GOOD, **bad}).encode() for bad in (
-            {"time": None}, {"process": "5"}, {"process": 10**30}, {"process": 0}, {"over": 0}, {"renewals": True},
+            {"time": None}, {"time": 10**400}, {"process": "5"}, {"process": 10**30}, {"process": 0}, {"over": 0}, {"renewals": True},
         )),
     ],
 )  # fmt: skip
@@ -180,6 +181,17 @@ def test_who_cannot_be_read_is_waited_for_as_everybody_is(
     assert last is not None
     assert not last.is_known
     assert not last.is_fresh()
+
+
+def test_a_folder_on_a_shared_disk_is_not_run_beside_its_uri(tmp_path: Path) -> None:
+    refuse_held(tmp_path)
+    holder = parsed(json.dumps({**GOOD, "time": time.time()}).encode())
+    (tmp_path / HELD).write_bytes(holder.as_bytes())
+    with pytest.raises(UserError, match=rf"got process 5 on h.*{tmp_path.as_uri()}"):
+        refuse_held(tmp_path)
+    for gone in (replace(holder, over=True), replace(holder, time=holder.time - 200)):
+        (tmp_path / HELD).write_bytes(gone.as_bytes())
+        refuse_held(tmp_path)
 
 
 def test_who_cannot_be_read_and_changes_has_it(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,6 +233,25 @@ def test_what_has_gone_or_is_as_it_was_before_is_counted_as_a_gap(shelf: Shelf) 
     assert mine.gaps == 3
     mine.check()
     assert mine.gaps == 3
+    mine.end(whole=True)
+
+
+def test_a_renewal_that_fails_is_no_gap(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(_name: str, content: bytes) -> None:
+        if arrives:
+            shelf.files[HELD] = content
+        raise OSError("503")
+
+    mine = hold(shelf)
+    mine.take(None)
+    mine._over.set()
+    for arrives in (False, True):
+        with monkeypatch.context() as broken:
+            broken.setattr(shelf, "write", lost)
+            with pytest.raises(OSError, match="503"):
+                mine._write()
+        mine.check()
+    assert mine.gaps == 0
     mine.end(whole=True)
 
 
