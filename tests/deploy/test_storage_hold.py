@@ -167,7 +167,8 @@ def test_keys_of_other_versions_are_passed_over() -> None:
     [
         b"", b"{", b"[]", b"null", b"\xff", b'{"run": "a"}', b"[" * 200_000,
         *(json.dumps({**GOOD, **bad}).encode() for bad in (
-            {"time": None}, {"time": 10**400}, {"process": "5"}, {"process": 10**30}, {"process": 0}, {"over": 0}, {"renewals": True},
+            {"time": None}, {"time": 10**400}, {"process": "5"}, {"process": 10**30}, {"process": 0}, {"over": 0},
+            {"renewals": True},
         )),
     ],
 )  # fmt: skip
@@ -238,14 +239,13 @@ def test_what_has_gone_or_is_as_it_was_before_is_counted_as_a_gap(shelf: Shelf) 
 
 def test_a_renewal_that_fails_is_no_gap(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
     def lost(_name: str, content: bytes) -> None:
-        if arrives:
-            shelf.files[HELD] = content
+        shelf.files[HELD] = content if arrives else shelf.files[HELD]
         raise OSError("503")
 
     mine = hold(shelf)
     mine.take(None)
     mine._over.set()
-    for arrives in (False, True):
+    for arrives in (False, True):  # noqa: B007 (read in `lost`)
         with monkeypatch.context() as broken:
             broken.setattr(shelf, "write", lost)
             with pytest.raises(OSError, match="503"):
