@@ -16,8 +16,9 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from deploy.storage_copy import TROUBLE, Copy
+from deploy.storage_copy import Copy
 from deploy.storage_hold import Hold
+from deploy.storage_remote import TROUBLE, Remote
 from env.errors import UserError
 
 __all__ = ["kept", "looker", "probe"]
@@ -41,8 +42,8 @@ def kept(uri: str, *, existing: bool = False) -> Iterator[Path]:
     """
     copy = Copy(uri)
     with copy.held():
-        hold = Hold(copy, TROUBLE)
-        with copy.trouble_named():
+        hold = Hold(copy.remote, TROUBLE)
+        with copy.remote.trouble_named():
             last = hold.await_silence()
             copy.begin(last, hold.run, existing=existing)
             hold.take(last)
@@ -61,14 +62,14 @@ def looker(uri: str) -> Callable[[], Path]:
 
 def probe(uri: str) -> None:
     """Write a file at the URI, read it and delete it; UserError where that cannot be done."""
-    copy, content = Copy(uri), os.urandom(16)
+    remote, content = Remote(uri), os.urandom(16)
     name = f"probe-{content.hex()}"  # every node of a cluster may do so at the same time
-    with copy.trouble_named():
-        copy.make()
-        copy.write(name, content)
-        if copy.read(name) != content:
+    with remote.trouble_named():
+        remote.make()
+        remote.write(name, content)
+        if remote.read(name) != content:
             raise OSError("what was written is not what was read")
-        copy.delete(name)
+        remote.delete(name)
 
 
 @contextlib.contextmanager
@@ -87,7 +88,9 @@ def _copied(copy: Copy, hold: Hold) -> Iterator[None]:
             whole = _push_all(copy, hold)
         except KeyboardInterrupt:
             hold.raise_if_lost()
-            _log.warning("%s: not all has come there; it lies in %s, for the next resume here", copy.uri, copy.folder)
+            _log.warning(
+                "%s: not all has come there; it lies in %s, for the next resume here", copy.remote.uri, copy.folder
+            )
             raise
         finally:
             hold.end(whole=whole)
@@ -105,7 +108,7 @@ def _keep(copy: Copy, hold: Hold, over: threading.Event) -> None:
             return
         except TROUBLE as error:
             if not told:
-                _log.warning("%s cannot be written (%s); it is tried again", copy.uri, error)
+                _log.warning("%s cannot be written (%s); it is tried again", copy.remote.uri, error)
             told = True
 
 
@@ -120,9 +123,10 @@ def _push_all(copy: Copy, hold: Hold) -> bool:
                 return pushed
         raise OSError("what is written there does not stay")
     except TROUBLE as error:
+        uri = copy.remote.uri
         raise UserError(
-            copy.uri,
+            uri,
             expected="that the campaign's folder can be copied there",
             got=str(error),
-            remedy=f"nothing is lost, it lies in {copy.folder}; mend the storage, then zeroout resume {copy.uri}",
+            remedy=f"nothing is lost, it lies in {copy.folder}; mend the storage, then zeroout resume {uri}",
         ) from error

@@ -5,35 +5,30 @@ where this machine runs it or has all that came of it; else in another, which is
 """
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath
-from urllib.parse import parse_qs, urlsplit
+from pathlib import Path
 
-import pyarrow
 from pyarrow import fs
 
 from deploy.folder import disk_trouble_named, hold_lock, is_locked, uri_file, write_atomic
 from deploy.storage_hold import HELD, Hold, Holder, holder_at
+from deploy.storage_remote import TROUBLE, Remote, first_words
 from env.errors import UserError
 
-__all__ = ["TROUBLE", "Copy"]
+__all__ = ["Copy"]
 
 _log = logging.getLogger("zeroout")
 
-TROUBLE = (OSError, pyarrow.ArrowException)  # of a storage
 _CAMPAIGN, _CHECKPOINTS = "campaign.toml", "checkpoints/"
 _TELLING = (_CAMPAIGN, "id")  # files that no two campaigns have alike
 _APART = ("redis", "lock", HELD)
 _HALF_WRITTEN = re.compile(r"\..*")  # of env.files.replace_file, and of checkpoints
 #: They say that something else is whole, and go after it.
 _LAST = ("manifest.json", "episodes.jsonl", "frontier.json", "result.json")
-#: Storages in which a file is there when it is written to its end; elsewhere it is moved into place.
-_AT_ONCE_WHOLE = ("s3", "gcs", "abfs")
 _State = tuple[int, int]  # of a file: when it was changed, in ns, and how long it is, in bytes
 
 
@@ -42,14 +37,9 @@ class Copy:
 
     def __init__(self, uri: str) -> None:
         """Touch nothing yet; UserError where the URI means nothing."""
-        self.uri = uri.rstrip("/")
-        try:
-            self._there, self._root = fs.FileSystem.from_uri(self.uri)
-        except (*TROUBLE, ValueError) as error:
-            raise self.unusable(error) from error
-        self._is_whole_at_once = self._there.type_name in _AT_ONCE_WHOLE
-        self._home, name = _cache() / _key(self.uri, self._root), self._root.rpartition("/")[2] or "campaign"
-        self.folder, self._looked_at = self._home / "run" / name, self._home / "look" / name
+        self.remote = Remote(uri)
+        self._home = _cache() / self.remote.key
+        self.folder, self._looked_at = (self._home / use / self.remote.name for use in ("run", "look"))
         self._runs = self._home / "runs"  # after which of them `folder` has all that came of the campaign
         self._pushed: dict[str, _State] = {}
         self._gaps = 0  # of the hold, that have been made good
@@ -59,7 +49,7 @@ class Copy:
     def held(self) -> Iterator[None]:
         """Keep every other process of this machine from working in `folder`; UserError when one does."""
         self._check_home()
-        with hold_lock(self._home / "lock", self.uri):
+        with hold_lock(self._home / "lock", self.remote.uri):
             yield
 
     # ---- before a campaign is run ----
@@ -69,7 +59,7 @@ class Copy:
 
         UserError where other things lie at the URI, or with `existing` no campaign.
         """
-        there = self._listed()
+        there = _listed(self.remote)
         if _CAMPAIGN not in there:
             self._check_place(there, existing=existing)
         elif self._is_newest(last, there):
@@ -82,7 +72,7 @@ class Copy:
             _remove(self.folder, _names(self.folder) - there.keys())
             self._pushed = {name: state for name in there if (state := _state(self.folder / name)) is not None}
         self._name(self.folder)
-        self.make()
+        self.remote.make()
         # Another driver's run may still go on, which its next renewal shows; this one is written here alone.
         known = [run] if last is None else [run, f"{last.run} {last.renewals}"]
         _write_lines(self._runs, known)
@@ -90,13 +80,15 @@ class Copy:
     def _check_place(self, there: Mapping[str, fs.FileInfo], *, existing: bool) -> None:
         if there:
             raise UserError(
-                self.uri,
+                self.remote.uri,
                 expected="nothing there, or a campaign",
                 got=f"{len(there)} other files, such as {min(there)!r}",
                 remedy="give a URI of its own to each campaign, e.g. one level below",
             )
         if (self.folder / _CAMPAIGN).is_file():
-            _log.warning("%s: nothing is there; what this machine has goes there again, from %s", self.uri, self.folder)
+            _log.warning(
+                "%s: nothing is there; what this machine has goes there again, from %s", self.remote.uri, self.folder
+            )
         elif existing:
             raise self._is_none()
 
@@ -118,10 +110,10 @@ class Copy:
         if state is None or name.startswith(_CHECKPOINTS):
             return name.startswith(_CHECKPOINTS)
         if name == "episodes.jsonl":
-            return path.read_bytes().startswith(self.read(name))
+            return path.read_bytes().startswith(self.remote.read(name))
         if state[0] > (info.mtime_ns or 0):
             return True
-        return state[1] == info.size and path.read_bytes() == self.read(name)
+        return state[1] == info.size and path.read_bytes() == self.remote.read(name)
 
     # ---- to look at ----
 
@@ -141,10 +133,10 @@ class Copy:
             return self._had_before(error)
 
     def _look(self) -> Path:
-        last, there = holder_at(self), self._listed()
+        last, there = holder_at(self.remote), _listed(self.remote)
         if _CAMPAIGN not in there:
             raise self._is_none()
-        if self._is_newest(last, there):
+        if (self.folder / _CAMPAIGN).is_file() and self._is_newest(last, there):
             return self.folder
         wanted = {name: info for name, info in there.items() if not name.startswith(_CHECKPOINTS)}
         if any(self._is_another(name, wanted) for name in _TELLING):
@@ -153,8 +145,7 @@ class Copy:
         listed = self._looked_at.with_name(f".{self._looked_at.name}.fetched")
         had = set(listed.read_text().splitlines()) if listed.is_file() else set[str]()
         _write_lines(listed, had | wanted.keys())  # all else was made here from them, and stays
-        with contextlib.suppress(FileNotFoundError):  # one has gone since; the next look is not far
-            self._fetch(wanted, self._looked_at)
+        self._fetch(wanted, self._looked_at, may_have_gone=True)
         _remove(self._looked_at, had - wanted.keys())
         _write_lines(listed, wanted.keys())
         (self._looked_at / HELD).unlink(missing_ok=True)
@@ -167,15 +158,17 @@ class Copy:
         state = _state(self._looked_at / name)
         if state is None or name not in there or state == (there[name].mtime_ns, there[name].size):
             return False
-        return (self._looked_at / name).read_bytes() != self.read(name)
+        return (self._looked_at / name).read_bytes() != self.remote.read(name)
 
     def _had_before(self, error: Exception) -> Path:
         """What this machine has, where the storage does not answer."""
         had = [folder for folder in (self.folder, self._looked_at) if (folder / _CAMPAIGN).is_file()]
         if not had:
-            raise self.unusable(error) from error
+            raise self.remote.unusable(error) from error
         if not self._told:
-            _log.warning("%s cannot be read (%s); what this machine had of it is shown", self.uri, _line(error))
+            _log.warning(
+                "%s cannot be read (%s); what this machine had of it is shown", self.remote.uri, first_words(error)
+            )
         self._told = True
         return max(had, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*.*")))
 
@@ -199,7 +192,7 @@ class Copy:
         for name in old if any(name.startswith(_CHECKPOINTS) for name in names) else ():
             hold.raise_if_lost()
             with contextlib.suppress(FileNotFoundError):
-                self.delete(name)
+                self.remote.delete(name)
             del self._pushed[name]
         return True
 
@@ -211,53 +204,24 @@ class Copy:
             content = (self.folder / name).read_bytes()
         except FileNotFoundError:  # an old checkpoint that goes while we look
             return
-        self.write(name, content)
+        self.remote.write(name, content)
         self._pushed[name] = now
 
-    # ---- the storage ----
-
-    def make(self) -> None:
-        """Have a folder there, where the storage knows such."""
-        if not self._is_whole_at_once:
-            self._there.create_dir(self._root, recursive=True)
-
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file in the folder there: all of it, or it is as it was."""
-        final = f"{self._root}/{name}"
-        path = final if self._is_whole_at_once else f"{final}.part"
-        if not self._is_whole_at_once:
-            # but for the first of them, which a disk that is away lacks
-            for parent in [*PurePosixPath(name).parents][-2::-1]:
-                self._there.create_dir(f"{self._root}/{parent}", recursive=False)
-        with self._there.open_output_stream(path) as stream:
-            stream.write(content)
-        if path != final:
-            self._there.move(path, final)
-
-    def read(self, name: str) -> bytes:
-        """Read a file there."""
-        with self._there.open_input_stream(f"{self._root}/{name}") as stream:
-            return bytes(stream.read())
-
-    def delete(self, name: str) -> None:
-        """Delete a file there."""
-        self._there.delete_file(f"{self._root}/{name}")
-
-    def _listed(self) -> dict[str, fs.FileInfo]:
-        """The files there that are a campaign's, or somebody else's."""
-        found = self._there.get_file_info(fs.FileSelector(self._root, recursive=True, allow_not_found=True))
-        named = {info.path[len(self._root) :].lstrip("/"): info for info in found if info.is_file}
-        return {name: info for name, info in named.items() if not _stays(name)}
-
-    def _fetch(self, wanted: Mapping[str, fs.FileInfo], folder: Path) -> None:
+    def _fetch(self, wanted: Mapping[str, fs.FileInfo], folder: Path, *, may_have_gone: bool = False) -> None:
         """Fetch files, but for what has been and has changed nowhere since; the campaign's last."""
         for name in sorted(wanted, key=lambda name: (name == _CAMPAIGN, _order(name))):
             path, when_ns = folder / name, wanted[name].mtime_ns or 0
-            if _state(path) != (when_ns, wanted[name].size):
-                content = self.read(name)
-                _make(path.parent)
-                write_atomic(path, content)
-                os.utime(path, ns=(when_ns, when_ns))  # people are told how long ago the last episode was
+            if _state(path) == (when_ns, wanted[name].size):
+                continue
+            try:
+                content = self.remote.read(name)
+            except FileNotFoundError:
+                if may_have_gone:
+                    continue
+                raise
+            _make(path.parent)
+            write_atomic(path, content)
+            os.utime(path, ns=(when_ns, when_ns))  # people are told how long ago the last episode was
 
     def _check_home(self) -> None:
         """UserError where this machine's copies cannot be kept."""
@@ -269,38 +233,20 @@ class Copy:
     def _name(self, folder: Path) -> None:
         """Have whoever gives the folder get the URI."""
         _make(folder.parent)
-        write_atomic(uri_file(folder), self.uri)
-
-    # ---- what is said ----
-
-    @contextlib.contextmanager
-    def trouble_named(self) -> Iterator[None]:
-        """UserError where the storage cannot be used."""
-        try:
-            yield
-        except TROUBLE as error:
-            raise self.unusable(error) from error
-
-    def unusable(self, error: Exception) -> UserError:
-        """What to say of a URI where nothing can be done."""
-        return UserError(
-            self.uri,
-            expected="a storage URI that can be read and written, e.g. s3://BUCKET/FOLDER",
-            got=_line(error),
-            remedy="correct the URI, the credentials (as of the cloud's own tools) or the network",
-        )
+        write_atomic(uri_file(folder), self.remote.uri)
 
     def _is_none(self) -> UserError:
         return UserError(
-            self.uri,
+            self.remote.uri,
             expected="a campaign (it holds a campaign.toml)",
             got="none",
             remedy="give the URI of `zeroout run --out URI`",
         )
 
 
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else repr(error)
+def _listed(remote: Remote) -> dict[str, fs.FileInfo]:
+    """The files there that are a campaign's, or somebody else's."""
+    return {name: info for name, info in remote.files().items() if not _stays(name)}
 
 
 def _stays(name: str) -> bool:
@@ -341,13 +287,6 @@ def _remove(folder: Path, names: Iterable[str]) -> None:
 def _make(folder: Path) -> None:
     with disk_trouble_named(folder):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def _key(uri: str, root: str) -> str:
-    """What tells one place from all others, but not two ways to write it: no password, no region."""
-    parts = urlsplit(uri)
-    place = re.sub(r":[^@]*@", "@", parts.netloc), parse_qs(parts.query).get("endpoint_override")
-    return hashlib.sha256(f"{parts.scheme} {place} {root}".encode()).hexdigest()[:12]
 
 
 def _cache() -> Path:

@@ -24,8 +24,9 @@ from deploy.config import CampaignConfig, dump
 from deploy.folder import copy_of
 from deploy.status import read_status
 from deploy.storage import kept, looker, probe
-from deploy.storage_copy import TROUBLE, Copy
+from deploy.storage_copy import Copy
 from deploy.storage_hold import HELD, Hold, Holder
+from deploy.storage_remote import TROUBLE, Remote
 from env.errors import UserError
 
 
@@ -164,15 +165,15 @@ def test_a_fetch_that_was_cut_off_is_made_whole_by_the_next(
     with kept(there.as_uri()) as here:
         write(here, WHOLE)
     another("elsewhere")
-    read = Copy.read
+    read = Remote.read
 
-    def cut_off(copy: Copy, name: str) -> bytes:
+    def cut_off(remote: Remote, name: str) -> bytes:
         if name == "episodes.jsonl":
             raise OSError("connection reset")
-        return read(copy, name)
+        return read(remote, name)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Copy, "read", cut_off)
+        broken.setattr(Remote, "read", cut_off)
         with pytest.raises(UserError, match="connection reset"), kept(there.as_uri()):
             pytest.fail("begun")
     with kept(there.as_uri()) as other:
@@ -308,15 +309,15 @@ def test_what_vanishes_while_it_is_fetched_is_not_gone_on_without(
     with kept(there.as_uri()) as here:
         write(here, WHOLE)
     another("elsewhere")
-    read = Copy.read
+    read = Remote.read
 
-    def away(copy: Copy, name: str) -> bytes:
+    def away(remote: Remote, name: str) -> bytes:
         if name == "episodes.jsonl":
             raise FileNotFoundError(name)
-        return read(copy, name)
+        return read(remote, name)
 
     with monkeypatch.context() as broken:
-        broken.setattr(Copy, "read", away)
+        broken.setattr(Remote, "read", away)
         with pytest.raises(UserError, match="expected a storage URI"), kept(there.as_uri()):
             pytest.fail("begun")
     with kept(there.as_uri()) as other:
@@ -407,8 +408,8 @@ def test_who_has_lost_the_uri_is_ended_and_writes_nothing_more_there(there: Path
 @pytest.mark.parametrize("begins_with", ["c", "checkpoints"])
 def test_a_loss_ends_a_copy_between_two_files(there: Path, begins_with: str, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = Copy(there.as_uri())
-    hold = Hold(copy, TROUBLE)
-    copy.make()
+    hold = Hold(copy.remote, TROUBLE)
+    copy.remote.make()
     write(copy.folder, {**WHOLE, "checkpoints/update-0/manifest.json": "{}", "checkpoints/update-0/b": ""})
     hold.take(None)
     assert copy.push(hold)
@@ -418,13 +419,13 @@ def test_a_loss_ends_a_copy_between_two_files(there: Path, begins_with: str, mon
     else:
         write(copy.folder, {f"c{number}": "" for number in range(4)})
     before = names(there)
-    first = Copy.write if begins_with == "c" else Copy.delete
+    first = Remote.write if begins_with == "c" else Remote.delete
 
-    def then_lost(copy: Copy, *what: Any) -> None:
-        first(copy, *what)
+    def then_lost(remote: Remote, *what: Any) -> None:
+        first(remote, *what)
         hold._lost_to = replace(hold._mine, run="another", process=7, host="elsewhere")
 
-    monkeypatch.setattr(Copy, first.__name__, then_lost)
+    monkeypatch.setattr(Remote, first.__name__, then_lost)
     with pytest.raises(UserError, match="got process 7 on elsewhere"):
         copy.push(hold)
     assert len(set(names(there)) ^ set(before)) == 1
@@ -436,7 +437,7 @@ def test_a_look_changes_nothing_where_the_campaign_runs(there: Path, monkeypatch
         write(there, {"frontier.json": "older", "checkpoints/update-0/state.pt": "s", "more": "m"})
         monkeypatch.setattr(storage_copy, "is_locked", lambda path: path == here / "lock")
         before = {name: (here / name).read_text() for name in names(here)}
-        monkeypatch.setattr(Copy, "read", lambda _copy, name: pytest.fail(f"reads {name}"))
+        monkeypatch.setattr(Remote, "read", lambda _copy, name: pytest.fail(f"reads {name}"))
         assert fetched(there.as_uri()) == here
         monkeypatch.undo()
         assert {name: (here / name).read_text() for name in names(here)} == before
@@ -446,8 +447,8 @@ def test_a_look_from_elsewhere_fetches_what_has_changed_and_says_who_runs_it(
     there: Path, another: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
     texts = {"campaign.toml": dump(CampaignConfig()), "frontier.json": "{}", "checkpoints/update-1/state.pt": "s"}
-    read, fetches = Copy.read, list[str]()
-    monkeypatch.setattr(Copy, "read", lambda copy, name: (fetches.append(name), read(copy, name))[1])
+    read, fetches = Remote.read, list[str]()
+    monkeypatch.setattr(Remote, "read", lambda copy, name: (fetches.append(name), read(copy, name))[1])
     with kept(there.as_uri()) as here:
         write(here, texts)
         wait_until(lambda: there.is_dir() and names(there) == sorted(texts), "all is there", 20)
@@ -518,8 +519,8 @@ def test_a_storage_that_is_away_for_a_while_is_told_of_once_and_tried_again(
     copy = Copy(there.as_uri())
     write(copy.folder, WHOLE)
     over, calls, push = threading.Event(), [], copy.push
-    hold = Hold(copy, TROUBLE)
-    copy.make()
+    hold = Hold(copy.remote, TROUBLE)
+    copy.remote.make()
 
     def flaky(hold: Hold) -> None:
         calls.append(1)
