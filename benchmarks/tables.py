@@ -90,7 +90,7 @@ episodes with the same retraining; the best network on validation at each target
 on the test split. Compression is counted on the compact network, against the network before anything was done to it.
 
   controller       `zeroout run`: begins with what other networks have taught it, on VGG16 and ResNet18; elsewhere with
-                   nothing. At width 0.25 the seeds 0 to 4 are those that have
+                   nothing. At width 0.25, seeds 0 to 4 taught it or chose it
   distilled        the networks of controller, recovered with half of the loss from the baseline's outputs
   frozen           the same agent, its learner off: what it has been taught before, alone
   untrained        the agent untaught, its learner off; it explores wider, as one does that knows nothing

@@ -131,7 +131,7 @@ def cell(arm: str, seed: int, target: float, test: float, **changes: Any) -> dic
         "network": "vgg16", "width": 1.0, "data": "CIFAR-10, JPEG copy", "seed": seed, "arm": arm, "epochs": [150, 50],
         "asked": [0.92, 0.95], "target": target, "compression": target + 0.0004, "macs_removed": 0.613,
         "validation": 0.91, "test": test, "baseline_validation": 0.94, "baseline_test": 0.93, "images": 1_234_567,
-        "wall_s": 90.0, "device": "a card", "torch": "2.13", **changes,
+        "wall_s": 90.0, "device": "a card", "torch": "2.13", "commit": "abc-dirty", **changes,
     }  # fmt: skip
 
 
@@ -147,6 +147,11 @@ def test_the_page_of_tables_sets_every_arm_beside_the_controller_and_the_publish
     assert "| vgg16 | 92.00% | the source (2022) | 92.45 | -1.07 | 92.10 (0.10) | -0.90 (0.10) | 3 |" in said
     assert "| vgg16 | 97.52% | the source (2022) | 91.32 | -2.20 |  |  | 0 |" in said  # visibly empty
     assert said.index("## vgg16, width 1:") < said.index("## vgg16, width 0.25:")
+    assert (
+        "--network vgg16 --width 1 --seeds 0 1 2 --targets 0.92,0.95 --arms taylor controller`, by versions abc."
+        in said
+    )
+    assert said.count("### 93 % of the parameters removed") == 1  # at full width, where the source has a figure
     of_last = said[said.index("### 95 % of the parameters removed") :]
     assert "| random search |  |  |  |" in of_last
     assert "CLR-RNF at 94.95% 93.32, +0.30 points." in of_last
@@ -192,7 +197,7 @@ def test_arms_of_tables_differ_in_what_they_say_alone(tmp_path: Path) -> None:
 
     for protocol in tables.PROTOCOLS.values():
         every = replace(bench("resnet34"), protocol=protocol)
-        assert [config.seed for arm in tables.ARMS for config in every.configs(3, arm, None)] == [3] * 14
+        assert [config.seed for arm in tables.ARMS for config in every.configs(3, arm, None)] == [3] * 15
     ours = bench("resnet18")
     marks = [ours.mark(config, arm) for arm in tables.ARMS for config in ours.configs(3, arm, None)]
     peers = [arm for arm in tables.ARMS.values() if arm.peer]
