@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.paired import difference, spread
 from deploy.published import PUBLISHED, Published
 
-__all__ = ["page", "write_page"]
+__all__ = ["TARGETS", "page", "write_page"]
 
 Row = Mapping[str, Any]
 OURS = "controller"
@@ -39,8 +39,8 @@ Theirs on the official CIFAR-10; ours on the JPEG copy. The source's, CACP's, HR
 gives them (HRank, Lin et al. 2020, counts filters without the next layer's inputs); CORING's (Pham et al. 2024),
 DECORE's (Alwani et al. 2022; nobody else has reproduced it), CLR-RNF's (Lin et al. 2022) and OTO/HESSO's as their
 authors do. Ours is the nearest size that was measured, within 0.6 points of theirs."""
-#: Sizes of the source and the field, which are shown at full width whether they were measured or not.
-_AT_FULL_WIDTH = (0.70, 0.83, 0.87, 0.92, 0.93, 0.95, 0.9752, 0.983)
+#: Sizes of the source and the field: what is made by default, and shown at full width whether it was measured or not.
+TARGETS = (0.70, 0.83, 0.87, 0.92, 0.93, 0.95, 0.9752, 0.983)
 
 
 def write_page(rows: Sequence[Row], arms: Mapping[str, str], folder: Path, command: str) -> str:
@@ -78,7 +78,7 @@ def _tables(rows: Sequence[Row]) -> list[list[Row]]:
 def _targets(table: Sequence[Row]) -> list[float]:
     """The sizes of a table, and those that are asked for and not there."""
     asked = {target for row in table for target in row["asked"]}
-    return sorted({row["target"] for row in table} | asked | set(_AT_FULL_WIDTH if table[0]["width"] == 1.0 else ()))
+    return sorted({row["target"] for row in table} | asked | set(TARGETS if table[0]["width"] == 1.0 else ()))
 
 
 def _name(table: Sequence[Row]) -> str:
@@ -87,7 +87,7 @@ def _name(table: Sequence[Row]) -> str:
 
 def _heading(table: Sequence[Row]) -> list[str]:
     first, (alike, apart) = table[0], _by_start(table)
-    seeds = _before_pruning(alike) or _before_pruning(alike, more_layers=True)
+    seeds = _given(alike)
     training, recovery = first["epochs"]
     torch = ", ".join(sorted({row["torch"] for row in table}))
     lines = [
@@ -132,6 +132,11 @@ def _version(row: Row) -> str:
 def _before_pruning(rows: Sequence[Row], *, more_layers: bool = False) -> dict[int, float]:
     """By seed, the test accuracy in per cent of the networks as given, or of those that were given more layers."""
     return {row["seed"]: 100 * row["baseline_test"] for row in rows if _has_more_layers(row) is more_layers}
+
+
+def _given(alike: Sequence[Row]) -> dict[int, float]:
+    """The same of the networks as given; where there is only the arm that adds layers, of its own."""
+    return _before_pruning(alike) or _before_pruning(alike, more_layers=True)
 
 
 def _has_more_layers(row: Row) -> bool:
@@ -265,8 +270,7 @@ def _draw(table: Sequence[Row], arms: Mapping[str, str], path: Path) -> None:
             [_odds(each.compression) for each in known], [100 * float(each.accuracy or 0) for each in known],
             "k*", label="published, by others and the source (official CIFAR-10)",
         )  # fmt: skip
-    alike, _ = _by_start(table)
-    given = statistics.fmean((_before_pruning(alike) or _before_pruning(alike, more_layers=True)).values())
+    given = statistics.fmean(_given(_by_start(table)[0]).values())
     axes.axhline(given, color="#8A8A8A", linewidth=0.8, linestyle=":", label="before pruning")
     axes.set_xticks([_odds(target) for target in targets], [f"{100 * target:g}" for target in targets])
     axes.set(

@@ -16,8 +16,8 @@ from pyarrow import fs
 
 from deploy.folder import disk_trouble_named, hold_lock, is_locked, uri_file, write_atomic
 from deploy.storage_hold import HELD, Hold, Holder, holder_at
-from deploy.storage_remote import TROUBLE, Remote, first_words
-from env.errors import UserError
+from deploy.storage_remote import TROUBLE, Remote
+from env.errors import UserError, first_line
 
 __all__ = ["Copy"]
 
@@ -144,10 +144,12 @@ class Copy:
         self._name(self._looked_at)
         listed = self._looked_at.with_name(f".{self._looked_at.name}.fetched")
         had = set(listed.read_text().splitlines()) if listed.is_file() else set[str]()
-        _write_lines(listed, had | wanted.keys())  # all else was made here from them, and stays
+        if wanted.keys() - had:
+            _write_lines(listed, had | wanted.keys())  # all else was made here from them, and stays
         self._fetch(wanted, self._looked_at, may_have_gone=True)
-        _remove(self._looked_at, had - wanted.keys())
-        _write_lines(listed, wanted.keys())
+        if gone := had - wanted.keys():
+            _remove(self._looked_at, gone)
+            _write_lines(listed, wanted.keys())
         (self._looked_at / HELD).unlink(missing_ok=True)
         if last is not None:
             write_atomic(self._looked_at / HELD, last.as_bytes())
@@ -166,9 +168,8 @@ class Copy:
         if not had:
             raise self.remote.unusable(error) from error
         if not self._told:
-            _log.warning(
-                "%s cannot be read (%s); what this machine had of it is shown", self.remote.uri, first_words(error)
-            )
+            said = first_line(error) or repr(error)
+            _log.warning("%s cannot be read (%s); what this machine had of it is shown", self.remote.uri, said)
         self._told = True
         return max(had, key=lambda folder: max(path.stat().st_mtime for path in folder.glob("*.*")))
 

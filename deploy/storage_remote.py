@@ -13,9 +13,9 @@ from urllib.parse import parse_qs, urlsplit
 import pyarrow
 from pyarrow import fs
 
-from env.errors import UserError
+from env.errors import UserError, first_line
 
-__all__ = ["TROUBLE", "Remote", "first_words"]
+__all__ = ["TROUBLE", "Remote"]
 
 TROUBLE = (OSError, pyarrow.ArrowException)  # of a storage
 #: Storages in which a file is there when it is written to its end; elsewhere it is moved into place.
@@ -91,11 +91,6 @@ class Remote:
         return UserError(
             self.uri,
             expected="a storage URI that can be read and written, e.g. s3://BUCKET/FOLDER",
-            got=first_words(error),
+            got=first_line(error) or repr(error),
             remedy="correct the URI, the credentials (as of the cloud's own tools) or the network",
         )
-
-
-def first_words(error: Exception) -> str:
-    """Of an error, for people."""
-    return str(error).splitlines()[0] if str(error) else repr(error)
